@@ -1,0 +1,800 @@
+"""STAR: spatiotemporal reward allocation for text-to-image flow models, in one file.
+
+    python star.py --task ocr
+
+The model paints a group of pictures per prompt, a reward judges them, and each picture's reward minus the group's mean
+is its advantage. Flow-GRPO (arXiv 2505.05470) applies that one number everywhere in the picture. STAR (arXiv 2606.17979)
+asks the model itself where the words that matter went, and applies the advantage there: the image positions whose
+attention falls on those words get a large share of it and the others a small one.
+
+Read from top to bottom: arguments, core words, AttentionAllocator, sde_step, rollout, group_advantages, star_loss,
+pictures, checkpoints, main. Symbols: B pictures, S trained steps, T denoising steps, C latent channels, H x W latent
+positions, h x w image tokens, K prompts, G pictures per prompt.
+"""
+import argparse
+import copy
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")     # before the import: it warns of packages that nothing here needs
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusion3Pipeline
+from diffusers.utils import logging as diffusers_logging
+from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from rewards import TASKS
+
+HERE = Path(__file__).parent
+
+
+# ------------------------------------------------------------------------------------------------------------- arguments
+
+def option(default, help, choices=None):
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass
+class Arguments:
+    """Everything a run depends on; `config.json` in the run's folder is this. Defaults suit the miniature on two CPU cores."""
+
+    task: str = option("ocr", "what is rewarded", tuple(TASKS))
+    model: str = option("tiny/sd3", "folder or hub name of a Stable Diffusion 3 pipeline")
+    prompts: str = option(None, "file with one training prompt per line; the task's own by default")
+    heldout_prompts: str = option(None, "file with one prompt per line for evaluation; the task's own by default")
+    reward_model: str = option(None, "folder or hub name of the model that judges; the task's own miniature by default")
+    out: str = option(None, "folder for everything the run writes; runs/<task>-<allocation>-<seed> by default")
+    resume: bool = option(False, "continue the run in --out from its last checkpoint")
+    seed: int = option(0, "seed of prompts and noise")
+    device: str = option("auto", "cpu, cuda, or auto: cuda where there is one")
+    precision: str = option("auto", "of the forward passes, the weights stay float32; auto: bfloat16 on cuda", ("auto", "float32", "bfloat16"))
+
+    allocation: str = option("spatial", "uniform is Flow-GRPO; spatial weighs positions, spatiotemporal steps as well", ("uniform", "spatial", "spatiotemporal"))
+    lam: float = option(1.0, "strength of the allocation, from 0 (Flow-GRPO) to 1")
+    map_blocks: str = option(None, "transformer blocks whose attention makes the map, such as 2,3; the last half by default")
+
+    prompts_per_iteration: int = option(6, "K, prompts per iteration")
+    group_size: int = option(16, "G, pictures per prompt")
+    batch_size: int = option(48, "pictures in one forward pass; divides prompts_per_iteration * group_size")
+    steps: int = option(10, "T, denoising steps")
+    stochastic_steps: int = option(3, "S, how many of these steps are stochastic and trained in each iteration")
+    stochastic_range: str = option("0-6", "first and last step that may be stochastic")
+    stochastic_choice: str = option("window", "consecutive steps (window) or any (random), drawn anew in each iteration", ("window", "random"))
+    noise_level: float = option(0.7, "a, strength of the noise of a stochastic step")
+    guidance_scale: float = option(1.0, "classifier-free guidance in sampling, training and evaluation; 1 is none")
+    same_noise: bool = option(True, "start all pictures of a group from the same noise")
+    max_sequence_length: int = option(24, "T5 tokens of a prompt")
+    height: int = option(None, "height and width of the pictures in pixels; the model's own by default")
+
+    iterations: int = option(40, "iterations of sampling and updating")
+    updates_per_iteration: int = option(1, "optimizer steps into which the pictures of an iteration are divided")
+    learning_rate: float = option(2e-4, "AdamW's step size")
+    weight_decay: float = option(1e-4, "AdamW's weight decay")
+    max_gradient_norm: float = option(1.0, "gradients longer than this are shortened to it")
+    clip_range: float = option(2e-2, "eps of the clipped objective, for per-position ratios")
+    advantage_clip: float = option(5.0, "advantages are kept within plus and minus this")
+    global_std: bool = option(False, "divide advantages by the deviation of all rewards of the iteration, not of the group")
+    kl_weight: float = option(0.0, "beta, pull towards the starting weights; 0 keeps no copy of them")
+    ema_decay: float = option(0.0, "average the weights with this decay for evaluation and the checkpoint; 0 does not")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, a third more time")
+
+    evaluate_every: int = option(10, "iterations between evaluations on the held-out prompts")
+    evaluation_prompts: int = option(192, "held-out prompts, one picture each")
+    save_every: int = option(10, "iterations between checkpoints")
+
+
+def stop(message: str):
+    """End the program over a mistake of its user's: one sentence, exit code 2."""
+    print(f"star.py: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# ----------------------------------------------------------------------------------------- core words to token positions
+
+def core_token_mask(prompt, spans, clip_tokenizer, t5_tokenizer, max_sequence_length) -> torch.Tensor:
+    """Which positions of SD3's text context belong to the core words of a prompt.
+
+    SD3's context is the CLIP tokens (both CLIP encoders share their positions) followed by the T5 tokens. A token is
+    core when its characters, by the tokenizer's own offset mapping, overlap one of the `spans`. A core word that is cut
+    off by truncation simply has no tokens.
+
+    Args: prompt; spans, list of (start, end) characters; the two fast tokenizers; max_sequence_length, T5's tokens.
+    Returns: bool [clip_tokenizer.model_max_length + max_sequence_length].
+    """
+    masks = []
+    for tokenizer, length in [(clip_tokenizer, clip_tokenizer.model_max_length), (t5_tokenizer, max_sequence_length)]:
+        offsets = tokenizer(prompt, padding="max_length", max_length=length, truncation=True,
+                            return_offsets_mapping=True)["offset_mapping"]
+        masks += [any(start < b and a < end for a, b in spans) for start, end in offsets]
+    return torch.tensor(masks)
+
+
+# ---------------------------------------------------------------------------------------------------- AttentionAllocator
+
+class AttentionAllocator:
+    """Records how much attention each image position pays to the core words while the transformer runs.
+
+    In SD3's joint blocks image and text attend together: every image query has a softmax over [image; text] keys. The map
+    is the part of that softmax which falls on the core tokens, averaged over heads and the chosen blocks (specification
+    section 2). "Attention-weighted sum of an indicator" is just that sum, so the fused attention kernel computes it with
+    the indicator of the core tokens in place of the values: exact, and no attention matrix is ever kept.
+
+    The block's own processor still computes the block's output, so the transformer's result is the same to the bit.
+
+        with AttentionAllocator(transformer, core_tokens, blocks) as allocator:
+            transformer(...)
+        attention = allocator.map()
+
+    Args:
+        transformer: a diffusers SD3Transformer2DModel.
+        core_tokens: bool [B, text tokens]. With guidance the batch is [unconditional; conditional] and only its last B
+            rows are recorded: the map comes from the conditional half.
+        blocks: indices of the joint blocks to look at.
+    """
+
+    def __init__(self, transformer, core_tokens, blocks):
+        self.attentions = [transformer.transformer_blocks[index].attn for index in blocks]
+        self.core_tokens = core_tokens
+        self.recorded = []
+
+    def __enter__(self):
+        self.originals = [attention.processor for attention in self.attentions]
+        for attention, original in zip(self.attentions, self.originals):
+            attention.processor = self.recording(original)
+        return self
+
+    def __exit__(self, *exception):
+        for attention, original in zip(self.attentions, self.originals):
+            attention.processor = original
+
+    def recording(self, original):
+        def processor(attention, hidden_states, encoder_hidden_states=None, *args, **kwargs):
+            with torch.no_grad():
+                self.recorded.append(self.core_mass(attention, hidden_states, encoder_hidden_states))
+            return original(attention, hidden_states, encoder_hidden_states, *args, **kwargs)
+        return processor
+
+    def core_mass(self, attention, image, text):
+        """Attention mass on the core tokens, [B, image tokens], from the block's normalised image and text features."""
+        batch = len(self.core_tokens)
+        image, text = image[-batch:], text[-batch:]
+
+        def heads(projected, norm):                                      # [B, N, D] -> [B, heads, N, D / heads]
+            projected = projected.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+            return projected if norm is None else norm(projected)
+
+        query = heads(attention.to_q(image), attention.norm_q)
+        key = torch.cat([heads(attention.to_k(image), attention.norm_k),
+                         heads(attention.add_k_proj(text), attention.norm_added_k)], dim=2)
+        indicator = F.pad(self.core_tokens, (image.shape[1], 0)).to(key)              # [B, keys]: image keys are not core
+        indicator = indicator[:, None, :, None].expand_as(key)                        # the kernel wants values of key's shape
+        return F.scaled_dot_product_attention(query, key, indicator)[..., 0].float().mean(1)
+
+    def map(self):
+        """Mean over all recorded blocks: [B, image tokens], each in [0, 1]."""
+        return torch.stack(self.recorded).mean(0)
+
+
+def allocation_weights(maps, size, allocation="spatial", lam=1.0):
+    """Attention maps to weights: w = (1 - lam) + lam * m / mean(m)  (specification section 2).
+
+    The mean runs over positions (`spatial`), or over steps and positions (`spatiotemporal`); so the weights have mean 1
+    over the same and the advantage is handed out differently, not increased. Where no attention at all falls on core
+    words, in particular where a prompt has none, w = 1.
+
+    Args: maps [B, S, h, w] >= 0; size, the (H, W) of the latents, multiples of (h, w); allocation; lam in [0, 1].
+    Returns: weights [B, S, H, W], mean 1, >= 0.
+    """
+    maps = F.interpolate(maps, size=size, mode="nearest")                # a token speaks for all positions of its patch
+    mean = maps.mean(dim=(-2, -1) if allocation == "spatial" else (-3, -2, -1), keepdim=True)
+    relative = torch.where(mean > 0, maps / mean.clamp_min(torch.finfo(maps.dtype).tiny), 1.0)
+    return (1 - lam) + lam * relative
+
+
+# -------------------------------------------------------------------------------------------------------------- sde_step
+
+def sde_step(latents, velocity, sigma, sigma_next, sigma_max, noise_level, noise):
+    """One step of the flow as a stochastic differential equation (Flow-GRPO, arXiv 2505.05470, equation 9).
+
+        s    = a * sqrt(sigma / (1 - sigma))            where sigma = 1, sigma_max stands in the denominator
+        mean = x * (1 + s^2 / (2 sigma) * dt) + v * (1 + s^2 (1 - sigma) / (2 sigma)) * dt
+        std  = s * sqrt(-dt)
+        x'   = mean + std * noise
+
+    Why noise at all? A deterministic sampler has no probabilities, hence nothing for a policy gradient to raise. This
+    equation adds noise and corrects the drift so that every marginal distribution stays that of the plain flow.
+    `noise_level` a = 0 is the Euler step of the flow.
+
+    Args: latents x and velocity v [B, C, H, W]; sigma > sigma_next, floats in [0, 1]; sigma_max, the schedule's
+        second-highest sigma; noise [B, C, H, W], standard normal.
+    Returns: (next latents x', mean, std), the first two [B, C, H, W] in float32, std a float.
+    """
+    latents, velocity = latents.float(), velocity.float()
+    dt = sigma_next - sigma
+    scale = noise_level * math.sqrt(sigma / (1 - (sigma if sigma < 1 else sigma_max)))
+    mean = latents * (1 + scale**2 / (2 * sigma) * dt) + velocity * (1 + scale**2 * (1 - sigma) / (2 * sigma)) * dt
+    std = scale * math.sqrt(-dt)
+    return mean + std * noise, mean, std
+
+
+def position_log_prob(sample, mean, std):
+    """log N(sample; mean, std^2), averaged over channels: one log-probability per latent position.
+
+    The Gaussian's covariance is diagonal, so its density is a product over positions: each of them is a decision of its
+    own with a probability of its own. This is why a spatially resolved objective is exact and not a heuristic. The mean
+    over positions is Flow-GRPO's log-probability of the whole step (specification section 1).
+
+    Args: sample, mean [B, C, H, W]; std > 0, a float.  Returns: [B, H, W].
+    """
+    return (-((sample - mean) ** 2) / (2 * std**2) - math.log(std) - 0.5 * math.log(2 * math.pi)).mean(1)
+
+
+# --------------------------------------------------------------------------------------------------------------- rollout
+
+@dataclass
+class Rollout:
+    """What a rollout leaves behind. `trained` are the S steps that were stochastic."""
+    latents: torch.Tensor        # [B, T + 1, C, H, W]: pure noise first, the finished picture last
+    log_prob: torch.Tensor       # [B, S, H, W] of the transitions of the stochastic steps
+    maps: torch.Tensor           # [B, number of map steps, h, w] attention on the core words
+
+
+def predict_velocity(transformer, latents, sigma, prompt, guidance_scale, empty_prompt):
+    """The model's velocity v(x, sigma, c) [B, C, H, W], with classifier-free guidance where guidance_scale is not 1.
+
+    `prompt` and `empty_prompt` are (context [B, L, D], pooled [B, P]) pairs; the latter has B = 1 and is for guidance.
+    """
+    if guidance_scale == 1:
+        timestep = latents.new_full((len(latents),), sigma * 1000)
+        return transformer(latents, *prompt, timestep, return_dict=False)[0]
+    context, pooled = (torch.cat([empty.expand_as(full), full]) for empty, full in zip(empty_prompt, prompt))
+    timestep = latents.new_full((2 * len(latents),), sigma * 1000)
+    without, given = transformer(latents.repeat(2, 1, 1, 1), context, pooled, timestep, return_dict=False)[0].chunk(2)
+    return without + guidance_scale * (given - without)
+
+
+@torch.no_grad()
+def rollout(transformer, latents, prompt, empty_prompt, sigmas, stochastic_steps, generator, noise_level=0.7,
+            guidance_scale=1.0, core_tokens=None, map_steps=(), map_blocks=()):
+    """Paint: from noise to picture through all sigmas; the `stochastic_steps` by the SDE, the others by the plain flow.
+
+    Args: latents [B, C, H, W], standard normal; prompt, empty_prompt, guidance_scale: see `predict_velocity`; sigmas,
+        T + 1 floats from 1 down to 0; stochastic_steps and map_steps, collections of step numbers; generator, the source
+        of the noise; core_tokens bool [B, L] and map_blocks: see AttentionAllocator.
+    Returns: a Rollout.
+    """
+    states, log_probs, maps = [latents], [], []
+    height, width = (side // transformer.config.patch_size for side in latents.shape[-2:])
+    for step, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:])):
+        watch = step in map_steps
+        with AttentionAllocator(transformer, core_tokens, map_blocks) if watch else nullcontext() as allocator:
+            velocity = predict_velocity(transformer, latents, sigma, prompt, guidance_scale, empty_prompt)
+        if watch:
+            maps.append(allocator.map().unflatten(-1, (height, width)))
+        if step in stochastic_steps:
+            noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+            latents, mean, std = sde_step(latents, velocity, sigma, sigma_next, sigmas[1], noise_level, noise)
+            log_probs.append(position_log_prob(latents, mean, std))
+        else:
+            latents, _, _ = sde_step(latents, velocity, sigma, sigma_next, sigmas[1], 0.0, 0.0)
+        states.append(latents)
+    stack = lambda tensors: torch.stack(tensors, dim=1) if tensors else None
+    return Rollout(stack(states), stack(log_probs), stack(maps))
+
+
+# ------------------------------------------------------------------------------------------------------ group_advantages
+
+def group_advantages(rewards, global_std=False, clip=None, eps=1e-4):
+    """A = (r - mean of the group) / (std + eps): how much better than its siblings a picture is (Flow-GRPO, equation 4).
+
+    Args: rewards [K, G]; global_std, divide by the deviation of all rewards instead of each group's; clip, keep
+        advantages within plus and minus this. Returns: [K, G] with mean 0 in each group; a group of equal rewards gets 0.
+    """
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
+    std = rewards.std(unbiased=False) if global_std else rewards.std(dim=1, keepdim=True, unbiased=False)
+    advantages = torch.where(equal, 0.0, centred / (std + eps))
+    return advantages if clip is None else advantages.clamp(-clip, clip)
+
+
+# ------------------------------------------------------------------------------------------------------------- star_loss
+
+def star_loss(log_prob, old_log_prob, advantages, weights, clip_range):
+    """The weighted clipped objective (specification section 3).
+
+        ratio[b, k, p] = exp(log_prob - old_log_prob)
+        L = - mean over b, k, p of  w[b, k, p] * min(ratio * A,  clip(ratio, 1 - eps, 1 + eps) * A)
+
+    With w = 1 this is Flow-GRPO with one ratio per position; its first gradient is Flow-GRPO's own. A ratio per position
+    averages C terms instead of C * H * W, so its logarithm is about sqrt(H * W) times as spread out and the clip range
+    is that much wider.
+
+    Args: log_prob, old_log_prob, weights [B, S, H, W]; advantages [B]; clip_range eps. The weights are data, like the
+        advantages: no gradient flows into them. Returns: (loss, ratio [B, S, H, W], clipped: the same as bool).
+    """
+    ratio = torch.exp(log_prob - old_log_prob)
+    advantages = advantages[:, None, None, None]
+    unclipped = ratio * advantages
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
+    loss = -(weights.detach() * torch.minimum(unclipped, clipped)).mean()
+    return loss, ratio.detach(), clipped.detach() < unclipped.detach()
+
+
+def kl_to_start(mean, start_mean, std):
+    """KL of two Gaussian steps with the same std: (mean - start_mean)^2 / (2 std^2), over channels. [B, H, W]."""
+    return ((mean - start_mean) ** 2 / (2 * std**2)).mean(1)
+
+
+# -------------------------------------------------------------------------------------------------------------- pictures
+
+def encode(pipeline, prompts, max_sequence_length):
+    """Prompts to (context [B, L, D], pooled [B, P]) by the pipeline's own text encoders."""
+    context, _, pooled, _ = pipeline.encode_prompt(prompts, prompts, prompts, do_classifier_free_guidance=False,
+                                                   max_sequence_length=max_sequence_length)
+    return context, pooled
+
+
+@torch.no_grad()
+def decode(vae, latents):
+    """Latents [B, C, H, W] to a list of B PIL pictures."""
+    pixels = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
+    pixels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(picture) for picture in pixels]
+
+
+def evaluate(pipeline, task, prompts, sigmas, shape, args):
+    """One picture per prompt by the plain flow, from noise that is the same each time. Returns (rewards [B], pictures)."""
+    generator = torch.Generator().manual_seed(args.seed)
+    latents = torch.randn(len(prompts), *shape, generator=generator).to(pipeline.transformer.device)
+    empty = encode(pipeline, [""], args.max_sequence_length)
+    pictures = []
+    for start in range(0, len(prompts), args.batch_size):
+        part = slice(start, start + args.batch_size)
+        painted = rollout(pipeline.transformer, latents[part], encode(pipeline, prompts[part], args.max_sequence_length), empty,
+                          sigmas, (), generator, guidance_scale=args.guidance_scale)
+        pictures += decode(pipeline.vae, painted.latents[:, -1])
+    return task.reward(pictures, prompts), pictures
+
+
+FONT_SIZE = 13
+
+
+def write(draw, xy, text, width=None, fill="black"):
+    """Draw text, broken into lines that fit into `width` pixels. Returns the y below it."""
+    font = ImageFont.load_default(FONT_SIZE)
+    lines, x, y = [""], *xy
+    for word in text.split(" "):
+        longer = f"{lines[-1]} {word}".strip()
+        if width and draw.textlength(longer, font) > width and lines[-1]:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    for line in lines:
+        draw.text((x, y), line, fill=fill, font=font)
+        y += FONT_SIZE + 3
+    return y
+
+
+def enlarge(picture, side=144):
+    """A small picture with its pixels visible, a large one smoothly reduced."""
+    return picture.resize((side, side), Image.NEAREST if picture.width < side else Image.LANCZOS)
+
+
+def draw_samples(rows, prompts, path):
+    """samples.png: one row per (title, pictures, rewards), one column per prompt, the reward under each picture."""
+    side, gap, label = 144, 12, 22
+    canvas = Image.new("RGB", (gap + (side + gap) * len(prompts), 8 + len(rows) * (side + 2 * label) + 90), "white")
+    draw = ImageDraw.Draw(canvas)
+    for column, prompt in enumerate(prompts):
+        x, y = gap + column * (side + gap), 8
+        for title, pictures, rewards in rows:
+            write(draw, (x, y), title)
+            canvas.paste(enlarge(pictures[column], side), (x, y + label - 4))
+            write(draw, (x, y + label + side - 2), f"reward {rewards[column]:.2f}", fill="#1a7a3c" if rewards[column] > 0.99 else "#b03020")
+            y += side + 2 * label
+        write(draw, (x, y), prompt, side)
+    canvas.save(path)
+
+
+def draw_maps(predicted, maps, finals, prompts, sigmas, path):
+    """maps.png: a row per rollout; a column per step shows the picture the model predicts there, the map laid over it in red.
+
+    predicted: list over steps of lists of pictures; maps [B, T, h, w]; finals: list of pictures.
+    """
+    side, gap, top = 112, 6, 40
+    canvas = Image.new("RGB", (gap + (side + gap) * (len(predicted) + 1), top + (side + 2 * FONT_SIZE + 2 * gap) * len(finals)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for row, prompt in enumerate(prompts):
+        y = top + row * (side + 2 * FONT_SIZE + 2 * gap)
+        write(draw, (gap, y), prompt)
+        for step, pictures in enumerate(predicted):
+            x = gap + step * (side + gap)
+            write(draw, (x, 4), f"step {step}")
+            write(draw, (x, 20), f"sigma {sigmas[step]:.2f}")
+            heat = maps[row, step] / maps[row, step].max()
+            heat = Image.fromarray((heat * 200).byte().cpu().numpy()).resize((side, side), Image.NEAREST)
+            tile = enlarge(pictures[row], side).convert("L").convert("RGB")
+            tile.paste((230, 30, 30), (0, 0), heat)
+            canvas.paste(tile, (x, y + FONT_SIZE + gap))
+        write(draw, (gap + len(predicted) * (side + gap), 4), "final")
+        canvas.paste(enlarge(finals[row], side), (gap + len(predicted) * (side + gap), y + FONT_SIZE + gap))
+    canvas.save(path)
+
+
+def draw_curve(runs, path):
+    """curve.png: reward against pictures seen. `runs` are (name, list of metrics); thin: training, dots: held-out."""
+    width, height, left, top, right, bottom = 900, 480, 60, 24, 240, 50
+    canvas = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(canvas)
+    most = max(line["images"] for _, lines in runs for line in lines) or 1
+    place = lambda images, reward: (left + images / most * (width - left - right), height - bottom - reward * (height - top - bottom))
+    for tick in range(11):
+        x, y = place(most * tick / 10, tick / 10)
+        draw.line([place(0, tick / 10), place(most, tick / 10)], fill="#dddddd")
+        write(draw, (left - 30, y - 8), f"{tick / 10:.1f}")
+        if tick % 2 == 0:
+            write(draw, (x - 14, height - bottom + 8), f"{round(most * tick / 10)}")
+    write(draw, (left + 200, height - 22), "pictures seen in training")
+    write(draw, (left - 50, 4), "reward")
+    colours = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22"]
+    for number, (name, lines) in enumerate(runs):
+        colour = colours[number % len(colours)]
+        training = [place(line["images"], line["reward_mean"]) for line in lines if "reward_mean" in line]
+        heldout = [place(line["images"], line["heldout_reward"]) for line in lines if "heldout_reward" in line]
+        if len(training) > 1:
+            draw.line(training, fill=colour, width=1)
+        if len(heldout) > 1:
+            draw.line(heldout, fill=colour, width=3)
+        for x, y in heldout:
+            draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill=colour)
+        write(draw, (width - right + 14, top + 18 * number), name, fill=colour)
+    write(draw, (width - right + 14, height - bottom - 34), "thick: held-out prompts", fill="#555555")
+    write(draw, (width - right + 14, height - bottom - 16), "thin: training prompts", fill="#555555")
+    canvas.save(path)
+
+
+# ----------------------------------------------------------------------------------------------------------- checkpoints
+
+def save_checkpoint(folder, pipeline, optimizer, average, iteration):
+    """Write folder/checkpoint: the pipeline in diffusers' format, and `training.safetensors` to continue from.
+
+    It is written to the side and then moved into place; a kill at any moment leaves `checkpoint` or, between the two
+    moves, `checkpoint.previous`. With an average of the weights (`average`, name -> tensor) the pipeline holds that.
+    """
+    partial, current, previous = (folder / name for name in ("checkpoint.partial", "checkpoint", "checkpoint.previous"))
+    shutil.rmtree(partial, ignore_errors=True)
+    state = {}
+    for name, parameter in pipeline.transformer.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            state[f"{key}/{name}"] = value
+        if average:
+            state[f"weight/{name}"] = parameter.detach().clone()
+    with averaged(pipeline.transformer, average):
+        pipeline.save_pretrained(partial)
+    save_file(state, partial / "training.safetensors", metadata={"format": "pt"})
+    (partial / "iteration.json").write_text(json.dumps({"iteration": iteration}))
+    if current.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        current.rename(previous)
+    partial.rename(current)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def last_checkpoint(folder):
+    """The newest complete checkpoint of a run, or None."""
+    return next((folder / name for name in ("checkpoint", "checkpoint.previous") if (folder / name).exists()), None)
+
+
+def load_training_state(checkpoint, transformer, optimizer, average):
+    """Put the optimizer back (and the weights themselves, where the pipeline holds their average)."""
+    state = load_file(checkpoint / "training.safetensors")
+    for name, parameter in transformer.named_parameters():
+        optimizer.state[parameter] = {key.split("/", 1)[0]: value if key.startswith("step/") else value.to(parameter.device)
+                                      for key, value in state.items() if key.endswith("/" + name) and not key.startswith("weight/")}
+        if average:
+            parameter.data.copy_(state[f"weight/{name}"])
+
+
+class averaged:
+    """Within `with averaged(transformer, average)`, the transformer holds the averaged weights (if there are any)."""
+
+    def __init__(self, transformer, average):
+        self.transformer, self.average = transformer, average or {}
+
+    def swap(self):
+        for name, parameter in self.transformer.named_parameters():
+            if name in self.average:
+                parameter.data, self.average[name] = self.average[name], parameter.data
+
+    def __enter__(self):
+        self.swap()
+
+    def __exit__(self, *exception):
+        self.swap()
+
+
+# ------------------------------------------------------------------------------------------------------------------ main
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(usage="python star.py --task ocr [--option value ...]", description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    kinds = {item.name: item.type for item in fields(Arguments)}
+    for item in fields(Arguments):
+        flag, help, choices = "--" + item.name.replace("_", "-"), item.metadata["help"], item.metadata["choices"]
+        if kinds[item.name] is bool:
+            parser.add_argument(flag, default=item.default, action=argparse.BooleanOptionalAction, help=help)
+        else:
+            parser.add_argument(flag, default=item.default, type=kinds[item.name], choices=choices, help=help)
+    parser.add_argument("--plot", nargs="+", metavar="RUN", help="draw the curves of these runs' folders into one curve.png and end")
+    values = vars(parser.parse_args(argv))
+    return values.pop("plot"), Arguments(**values)
+
+
+def check(args):
+    """Everything that can be said before anything heavy is loaded. Returns the task and the run's folder."""
+    images = args.prompts_per_iteration * args.group_size
+    if args.group_size < 2:
+        stop(f"--group-size is {args.group_size}, but an advantage compares pictures of one prompt: use 2 or more.")
+    if images % args.batch_size or (images // args.batch_size) % args.updates_per_iteration:
+        stop(f"--prompts-per-iteration * --group-size = {images} pictures cannot be divided into --batch-size {args.batch_size}"
+             f" and --updates-per-iteration {args.updates_per_iteration}; choose numbers that divide.")
+    first, last = stochastic_range(args)
+    if not 0 <= first <= last < args.steps or not 1 <= args.stochastic_steps <= last - first + 1:
+        stop(f"--stochastic-range {args.stochastic_range} must lie within steps 0 to {args.steps - 1} and hold --stochastic-steps"
+             f" {args.stochastic_steps}.")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        stop("--device cuda was asked for, but PyTorch finds no CUDA device here; use --device cpu.")
+    if not Path(args.model).is_dir() and not (HERE / args.model).is_dir():
+        try:
+            StableDiffusion3Pipeline.load_config(args.model)
+        except Exception as error:      # the hub's client raises many kinds
+            stop(f"model {args.model} is neither a folder nor a hub model that can be reached ({type(error).__name__}). A gated model"
+                 " needs `hf auth login` and its licence accepted on its page; the miniature, --model tiny/sd3, needs neither.")
+    try:
+        task = TASKS[args.task](args.prompts, args.heldout_prompts, args.reward_model)
+    except ValueError as error:
+        stop(str(error))
+    if len(task.prompts) < args.prompts_per_iteration:
+        stop(f"there are {len(task.prompts)} training prompts, fewer than --prompts-per-iteration {args.prompts_per_iteration}.")
+    return task
+
+
+def stochastic_range(args):
+    try:
+        first, last = (int(part) for part in args.stochastic_range.split("-"))
+    except ValueError:
+        stop(f"--stochastic-range {args.stochastic_range} is not of the form FIRST-LAST, such as 0-6.")
+    return first, last
+
+
+def open_run(args, folder):
+    """Make the run's folder, or find what is to be continued there. Returns the checkpoint to resume from, or None."""
+    settings = {key: value for key, value in asdict(args).items() if key not in ("resume", "out", "iterations", "device")}
+    config = folder / "config.json"
+    checkpoint = last_checkpoint(folder)
+    if config.exists() and not args.resume:
+        stop(f"{folder} holds a run already; add --resume to continue it, or choose another --out.")
+    if config.exists():
+        before = json.loads(config.read_text())
+        for key, value in settings.items():
+            if before.get(key) != value:
+                stop(f"{folder} was run with {key} = {before.get(key)}, not {value}; use the same arguments to resume it.")
+    folder.mkdir(parents=True, exist_ok=True)
+    config.write_text(json.dumps(settings, indent=1))
+    return checkpoint
+
+
+def main(argv=None):
+    runs, args = parse_arguments(argv)
+    if runs:
+        for run in runs:
+            if not (Path(run) / "metrics.jsonl").is_file():
+                stop(f"--plot {run}: there is no metrics.jsonl in that folder.")
+        draw_curve([(Path(run).name, read_metrics(Path(run))) for run in runs], Path(args.out or ".") / "curve.png")
+        return print("wrote", Path(args.out or ".") / "curve.png")
+    task = check(args)
+    folder = Path(args.out or f"runs/{args.task}-{args.allocation}-{args.seed}")
+    checkpoint = open_run(args, folder)
+
+    # Load: the pipeline in float32, of which only the transformer is trained, and the model that judges.
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+    model = args.model if Path(args.model).is_dir() or not (HERE / args.model).is_dir() else HERE / args.model
+    pipeline = StableDiffusion3Pipeline.from_pretrained(checkpoint or model, torch_dtype=torch.float32).to(device)
+    transformer, vae = pipeline.transformer, pipeline.vae
+    for part in (vae, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
+        part.requires_grad_(False)
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    start_transformer = None
+    if args.kl_weight > 0:
+        start_transformer = type(transformer).from_pretrained(model, subfolder="transformer").to(device).requires_grad_(False)
+    task.load(device)
+    bfloat16 = args.precision == "bfloat16" or (args.precision == "auto" and device.type == "cuda")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
+    parameters = list(transformer.parameters())
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=args.weight_decay)
+    average = {name: p.detach().clone() for name, p in transformer.named_parameters()} if args.ema_decay else {}
+    blocks = transformer.config.num_layers
+    blocks = [int(block) for block in args.map_blocks.split(",")] if args.map_blocks else list(range(blocks // 2, blocks))
+
+    pipeline.scheduler.set_timesteps(args.steps)
+    sigmas = pipeline.scheduler.sigmas.tolist()
+    side = (args.height or transformer.config.sample_size * pipeline.vae_scale_factor) // pipeline.vae_scale_factor
+    shape = (transformer.config.in_channels, side, side)
+    empty = encode(pipeline, [""], args.max_sequence_length)
+    images = args.prompts_per_iteration * args.group_size
+    heldout = task.heldout_prompts[:args.evaluation_prompts]
+    shown = heldout[:8]
+    print(f"{args.model} ({sum(p.numel() for p in parameters) / 1e6:.1f}M parameters), task {args.task}, {args.allocation}, on {device}: "
+          f"{args.iterations} iterations of {args.prompts_per_iteration} prompts x {args.group_size} pictures = {args.iterations * images} pictures")
+
+    # Before: how good is the model as it is? The first evaluation is line 0 of the metrics.
+    metrics = folder / "metrics.jsonl"
+    first = 0
+    if checkpoint:
+        first = json.loads((checkpoint / "iteration.json").read_text())["iteration"]
+        load_training_state(checkpoint, transformer, optimizer, average)
+        lines = [line for line in read_metrics(folder) if line["iteration"] <= first]     # later ones will come again
+        metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        print(f"resumed after iteration {first}")
+    else:
+        with autocast:
+            rewards, pictures = evaluate(pipeline, task, heldout, sigmas, shape, args)
+        metrics.write_text(json.dumps({"iteration": 0, "images": 0, "heldout_reward": rewards.mean().item()}) + "\n")
+        before = Image.new("RGB", (pictures[0].width * len(shown), pictures[0].height))
+        for column, picture in enumerate(pictures[:len(shown)]):
+            before.paste(picture, (column * picture.width, 0))
+        before.save(folder / "before.png")
+        draw_samples([("before", pictures, rewards)], shown, folder / "samples.png")
+
+    non_finite = 0
+    bar = tqdm(range(first + 1, args.iterations + 1), initial=first, total=args.iterations, desc=args.task)
+    for iteration in bar:
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + iteration)     # so that a resumed run is the same
+        clock = [time.perf_counter()]
+
+        # 1. Paint a group of pictures for each of K prompts; keep the trajectories.
+        prompts = [task.prompts[i] for i in torch.randperm(len(task.prompts), generator=generator)[:args.prompts_per_iteration]]
+        first_step, last_step = stochastic_range(args)
+        if args.stochastic_choice == "window":
+            start = torch.randint(first_step, last_step - args.stochastic_steps + 2, (1,), generator=generator).item()
+            trained = list(range(start, start + args.stochastic_steps))
+        else:
+            trained = sorted((first_step + torch.randperm(last_step - first_step + 1, generator=generator)[:args.stochastic_steps]).tolist())
+        core = torch.stack([core_token_mask(prompt, task.core_spans(prompt), pipeline.tokenizer, pipeline.tokenizer_3, args.max_sequence_length)
+                            for prompt in prompts]).to(device)
+        group = torch.arange(args.prompts_per_iteration).repeat_interleave(args.group_size)       # which prompt a picture is of
+        noise = torch.randn(args.prompts_per_iteration if args.same_noise else images, *shape, generator=generator).to(device)
+        noise = noise[group] if args.same_noise else noise
+        context, pooled = encode(pipeline, prompts, args.max_sequence_length)
+        batches = [slice(i, i + args.batch_size) for i in range(0, images, args.batch_size)]
+        rollouts = []
+        for part in batches:
+            with autocast:
+                rollouts.append(rollout(
+                    transformer, noise[part], (context[group[part]], pooled[group[part]]), empty, sigmas, trained, generator,
+                    args.noise_level, args.guidance_scale, core[group[part]],
+                    map_steps=() if args.allocation == "uniform" else trained, map_blocks=blocks))
+        clock.append(time.perf_counter())
+
+        # 2. Judge them, and compare each with its group.
+        pictures = [picture for painted in rollouts for picture in decode(vae, painted.latents[:, -1])]
+        rewards = task.reward(pictures, [prompts[k] for k in group])
+        grouped = rewards.view(args.prompts_per_iteration, args.group_size)
+        advantages = group_advantages(grouped, args.global_std, args.advantage_clip).flatten().to(device)
+        clock.append(time.perf_counter())
+
+        # 3. Raise the probability of what was better than its siblings, most where the core words are.
+        ratios, clips, kls, norms, skipped, peaks = [], [], [], [], 0, []
+        per_update = len(batches) // args.updates_per_iteration
+        for update in range(args.updates_per_iteration):
+            for index in range(update * per_update, (update + 1) * per_update):
+                part, painted = batches[index], rollouts[index]
+                if args.allocation == "uniform":
+                    weights = torch.ones_like(painted.log_prob)
+                else:
+                    weights = allocation_weights(painted.maps, shape[1:], args.allocation, args.lam)
+                peaks.append(weights.amax((-2, -1)).mean())
+                for j, step in enumerate(trained):
+                    here, there = painted.latents[:, step], painted.latents[:, step + 1]
+                    prompt = context[group[part]], pooled[group[part]]
+                    step_arguments = sigmas[step], sigmas[step + 1], sigmas[1], args.noise_level, 0.0
+                    with autocast:
+                        velocity = predict_velocity(transformer, here, sigmas[step], prompt, args.guidance_scale, empty)
+                    _, mean, std = sde_step(here, velocity, *step_arguments)
+                    log_prob = position_log_prob(there, mean, std)[:, None]
+                    loss, ratio, clipped = star_loss(log_prob, painted.log_prob[:, j:j + 1], advantages[part], weights[:, j:j + 1], args.clip_range)
+                    if start_transformer:
+                        with torch.no_grad(), autocast:
+                            velocity = predict_velocity(start_transformer, here, sigmas[step], prompt, args.guidance_scale, empty)
+                        kl = kl_to_start(mean, sde_step(here, velocity, *step_arguments)[1], std).mean()
+                        loss = loss + args.kl_weight * kl
+                        kls.append(kl.detach())
+                    (loss / (per_update * len(trained))).backward()
+                    ratios.append(ratio.mean())
+                    clips.append(clipped.float().mean())
+            norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_gradient_norm)
+            if torch.isfinite(norm):
+                optimizer.step()
+                non_finite = 0
+            else:
+                skipped, non_finite = skipped + 1, non_finite + 1
+            optimizer.zero_grad()
+            norms.append(norm)
+            for name, parameter in transformer.named_parameters() if average else ():
+                average[name].lerp_(parameter.detach(), 1 - args.ema_decay)
+        clock.append(time.perf_counter())
+
+        # 4. Say how it went.
+        line = {
+            "iteration": iteration, "images": iteration * images, "reward_mean": rewards.mean().item(), "reward_std": rewards.std().item(),
+            "groups_without_spread": (grouped.amax(1) == grouped.amin(1)).float().mean().item(), "ratio_mean": torch.stack(ratios).mean().item(),
+            "clip_fraction": torch.stack(clips).mean().item(), "kl": torch.stack(kls).mean().item() if kls else 0.0,
+            "gradient_norm": torch.stack(norms).mean().item(), "weight_peak": torch.stack(peaks).mean().item(), "skipped_updates": skipped,
+            "seconds": dict(zip(("rollout", "reward", "update"), (round(b - a, 3) for a, b in zip(clock, clock[1:])))),
+        }
+        if iteration % args.evaluate_every == 0 or iteration == args.iterations:
+            with autocast, averaged(transformer, average):
+                rewards, pictures = evaluate(pipeline, task, heldout, sigmas, shape, args)
+            line["heldout_reward"] = rewards.mean().item()
+        with metrics.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        bar.set_postfix(reward=f"{line['reward_mean']:.3f}", **({"heldout": f"{line['heldout_reward']:.3f}"} if "heldout_reward" in line else {}))
+        if non_finite >= 5:
+            stop(f"five updates in a row had a gradient that is not finite; the last good checkpoint is {last_checkpoint(folder)}."
+                 " Lower --learning-rate, or use --precision float32.")
+        if non_finite == 0 and (iteration % args.save_every == 0 or iteration == args.iterations):
+            save_checkpoint(folder, pipeline, optimizer, average, iteration)
+
+    # After: the same prompts from the same noise, where the model looks, and the curve.
+    with autocast, averaged(transformer, average):
+        rewards, pictures = evaluate(pipeline, task, shown, sigmas, shape, args)
+        before = Image.open(folder / "before.png")
+        size = pictures[0].width
+        before = [before.crop((i * size, 0, (i + 1) * size, size)) for i in range(len(shown))]
+        draw_samples([("before", before, task.reward(before, shown)), ("after", pictures, rewards)], shown, folder / "samples.png")
+        show_maps(pipeline, task, shown[:4], sigmas, shape, blocks, args, folder / "maps.png")
+    lines = read_metrics(folder)
+    draw_curve([(folder.name, lines)], folder / "curve.png")
+    measured = [line["heldout_reward"] for line in lines if "heldout_reward" in line]
+    print(f"held-out reward {measured[0]:.3f} -> {measured[-1]:.3f}; see samples.png, maps.png, curve.png, metrics.jsonl and checkpoint/ in {folder}")
+
+
+def show_maps(pipeline, task, prompts, sigmas, shape, blocks, args, path):
+    """Paint a few prompts by the plain flow while recording the map of every step, and draw maps.png."""
+    generator = torch.Generator().manual_seed(args.seed)
+    core = torch.stack([core_token_mask(prompt, task.core_spans(prompt), pipeline.tokenizer, pipeline.tokenizer_3, args.max_sequence_length)
+                        for prompt in prompts])
+    device = pipeline.transformer.device
+    latents = torch.randn(len(prompts), *shape, generator=generator).to(device)
+    painted = rollout(pipeline.transformer, latents, encode(pipeline, prompts, args.max_sequence_length), encode(pipeline, [""], args.max_sequence_length),
+                      sigmas, (), generator, guidance_scale=args.guidance_scale, core_tokens=core.to(device),
+                      map_steps=range(len(sigmas) - 1), map_blocks=blocks)
+    predicted = []
+    for step, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:])):
+        velocity = (painted.latents[:, step + 1] - painted.latents[:, step]) / (sigma_next - sigma)
+        predicted.append(decode(pipeline.vae, painted.latents[:, step] - sigma * velocity))
+    draw_maps(predicted, painted.maps, decode(pipeline.vae, painted.latents[:, -1]), prompts, sigmas, path)
+
+
+def read_metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except torch.cuda.OutOfMemoryError:
+        stop("CUDA ran out of memory; lower --batch-size, add --gradient-checkpointing, or lower --height.")

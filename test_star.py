@@ -1,0 +1,445 @@
+"""What must be true of STAR, checked on closed forms and on the trained miniature: `python -m pytest`.
+
+The numbered tests are the nine points of the specification that README.md lists under "What must hold".
+"""
+import copy
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from PIL import Image
+
+import star
+from rewards import OCR, edit_distance, text_reward
+
+HERE = Path(__file__).parent
+PROMPTS = ['a blue wall with a white sign "K7Q" and a red ball', 'a green wall with a pink sign "2FX"']
+
+
+@pytest.fixture(scope="session")
+def pipeline():
+    return StableDiffusion3Pipeline.from_pretrained(HERE / "tiny/sd3")
+
+
+@pytest.fixture(scope="session")
+def task():
+    task = OCR()
+    task.load("cpu")
+    return task
+
+
+def scene(pipeline, prompts=PROMPTS, length=24):
+    """Starting noise, encoded prompts, the encoded empty prompt, core tokens and sigmas for two pictures."""
+    torch.manual_seed(0)
+    latents = torch.randn(len(prompts), 8, 16, 16)
+    core = torch.stack([star.core_token_mask(prompt, OCR.core_spans(None, prompt), pipeline.tokenizer, pipeline.tokenizer_3, length)
+                        for prompt in prompts])
+    pipeline.scheduler.set_timesteps(6)
+    with torch.no_grad():
+        given, empty = star.encode(pipeline, prompts, length), star.encode(pipeline, [""], length)
+    return latents, given, empty, core, pipeline.scheduler.sigmas.tolist()
+
+
+def painted(pipeline, guidance_scale=1.0, steps=(1, 2, 4)):
+    latents, given, empty, core, sigmas = scene(pipeline)
+    result = star.rollout(pipeline.transformer, latents, given, empty, sigmas, steps, torch.Generator().manual_seed(1), 0.7,
+                          guidance_scale, core, map_steps=steps, map_blocks=[2, 3])
+    return result, given, empty, sigmas, steps
+
+
+def recomputed_log_prob(pipeline, result, given, empty, sigmas, steps, guidance_scale=1.0):
+    log_probs = []
+    for step in steps:
+        here, there = result.latents[:, step], result.latents[:, step + 1]
+        velocity = star.predict_velocity(pipeline.transformer, here, sigmas[step], given, guidance_scale, empty)
+        _, mean, std = star.sde_step(here, velocity, sigmas[step], sigmas[step + 1], sigmas[1], 0.7, 0.0)
+        log_probs.append(star.position_log_prob(there, mean, std))
+    return torch.stack(log_probs, dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------- the nine points
+
+@pytest.mark.parametrize("lam", [0.0, 0.3, 1.0])
+def test_1_weights_have_mean_one(lam):
+    maps = torch.rand(3, 4, 8, 8) ** 4 * torch.logspace(-6, 0, 3)[:, None, None, None]
+    spatial = star.allocation_weights(maps, (16, 16), "spatial", lam)
+    both = star.allocation_weights(maps, (16, 16), "spatiotemporal", lam)
+    assert spatial.shape == both.shape == (3, 4, 16, 16)
+    torch.testing.assert_close(spatial.mean((2, 3)), torch.ones(3, 4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(both.mean((1, 2, 3)), torch.ones(3), atol=1e-5, rtol=0)
+    for weights in (spatial, both):
+        assert weights.isfinite().all() and (weights >= 0).all()
+        assert (weights.amin() >= 1 - lam - 1e-6)
+    if lam == 1:       # the allocation is proportional to the attention, and spatiotemporal keeps the steps' ratio
+        expected = maps.sum((2, 3)) / maps.sum((1, 2, 3))[:, None]
+        torch.testing.assert_close(both.sum((2, 3)) / both.sum((1, 2, 3))[:, None], expected)
+
+
+def test_1_prompt_without_core_words_gets_weight_one():
+    maps = torch.stack([torch.zeros(2, 4, 4), torch.rand(2, 4, 4)])
+    for allocation in ("spatial", "spatiotemporal"):
+        weights = star.allocation_weights(maps, (8, 8), allocation, 1.0)
+        assert (weights[0] == 1).all() and weights[1].std() > 0.1
+
+
+def test_2_uniform_is_flow_grpo(pipeline):
+    """lam = 0: the first gradient is that of Flow-GRPO's objective with one scalar ratio per picture and step."""
+    result, given, empty, sigmas, steps = painted(pipeline)
+    advantages = torch.tensor([0.8, -1.3])
+    weights = star.allocation_weights(result.maps, (16, 16), "spatial", lam=0.0)
+    transformer = pipeline.transformer
+    log_prob = recomputed_log_prob(pipeline, result, given, empty, sigmas, steps)
+
+    loss = star.star_loss(log_prob, result.log_prob, advantages, weights, clip_range=1e-2)[0]
+    ours = torch.autograd.grad(loss, list(transformer.parameters()), retain_graph=True, allow_unused=True)
+    ratio = torch.exp(log_prob.mean((2, 3)) - result.log_prob.mean((2, 3)))
+    scalar = -torch.minimum(ratio * advantages[:, None], ratio.clamp(1 - 1e-4, 1 + 1e-4) * advantages[:, None]).mean()
+    theirs = torch.autograd.grad(scalar, list(transformer.parameters()), allow_unused=True)
+
+    a, b = (torch.cat([g.flatten() for g in gradient if g is not None]) for gradient in (ours, theirs))
+    assert b.norm() > 0 and (a - b).norm() / b.norm() < 1e-5
+
+
+def test_3_hook_changes_nothing(pipeline):
+    latents, (context, pooled), _, core, _ = scene(pipeline)
+    transformer, timestep = pipeline.transformer, torch.full((2,), 700.0)
+    processors = dict(transformer.attn_processors)
+    outputs, gradients = [], []
+    for hooked in (False, True):
+        allocator = star.AttentionAllocator(transformer, core, [0, 1, 2, 3])
+        if hooked:
+            allocator.__enter__()
+        with torch.no_grad():
+            outputs.append(transformer(latents, context, pooled, timestep).sample)
+        output = transformer(latents, context, pooled, timestep).sample
+        outputs.append(output.detach())
+        gradients.append(torch.autograd.grad(output.square().mean(), transformer.proj_out.weight)[0])
+        gradients.append(torch.autograd.grad(transformer(latents, context, pooled, timestep).sample.square().mean(),
+                                             transformer.transformer_blocks[0].attn.to_q.weight)[0])
+        if hooked:
+            allocator.__exit__(None, None, None)
+    assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[3])
+    assert torch.equal(gradients[0], gradients[2]) and torch.equal(gradients[1], gradients[3])
+    assert dict(transformer.attn_processors) == processors, "on exit, what was there must be there again"
+
+
+def test_3_processors_are_restored_after_an_error(pipeline):
+    processors = dict(pipeline.transformer.attn_processors)
+    with pytest.raises(RuntimeError), star.AttentionAllocator(pipeline.transformer, torch.ones(1, 48, dtype=bool), [0]):
+        raise RuntimeError
+    assert dict(pipeline.transformer.attn_processors) == processors
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_4_map_is_the_brute_force_map(pipeline, guidance_scale):
+    """Against the whole softmax matrix of Q K^T over [image; text], with the queries and keys caught inside the block."""
+    latents, given, empty, core, _ = scene(pipeline)
+    transformer, blocks = pipeline.transformer, [1, 3]
+    caught, hooks = {}, []
+    for block in blocks:
+        attention = transformer.transformer_blocks[block].attn
+        for name in ("norm_q", "norm_k", "norm_added_k"):
+            hooks.append(getattr(attention, name).register_forward_hook(
+                lambda module, inputs, output, key=(block, name): caught.__setitem__(key, output)))
+    with torch.no_grad():
+        star.predict_velocity(transformer, latents, 0.7, given, guidance_scale, empty)
+    for hook in hooks:
+        hook.remove()
+    expected = []
+    for block in blocks:
+        query, image_key, text_key = (caught[block, name][-2:] for name in ("norm_q", "norm_k", "norm_added_k"))
+        scores = query @ torch.cat([image_key, text_key], dim=2).transpose(2, 3) / math.sqrt(query.shape[-1])
+        text = scores.softmax(-1)[..., image_key.shape[2]:]
+        expected.append((text * core[:, None, None, :]).sum(-1).mean(1))
+    with torch.no_grad(), star.AttentionAllocator(transformer, core, blocks) as allocator:
+        star.predict_velocity(transformer, latents, 0.7, given, guidance_scale, empty)
+    torch.testing.assert_close(allocator.map(), torch.stack(expected).mean(0), atol=1e-5, rtol=0)
+    assert allocator.map().std() > 1e-3
+
+
+def test_5_log_prob_is_the_normal_distribution():
+    torch.manual_seed(0)
+    sample, mean, std = torch.randn(3, 8, 4, 4), torch.randn(3, 8, 4, 4), 0.37
+    reference = torch.distributions.Normal(mean, std).log_prob(sample)
+    ours = star.position_log_prob(sample, mean, std)
+    torch.testing.assert_close(ours, reference.mean(1))
+    flow_grpo = -((sample - mean) ** 2) / (2 * std**2) - math.log(std) - math.log(math.sqrt(2 * math.pi))
+    torch.testing.assert_close(ours.mean((1, 2)), flow_grpo.mean((1, 2, 3)))
+
+
+def test_6_sde_keeps_the_marginals():
+    """Gaussian data N(m, d^2): the exact velocity is known, and both samplers must end in N(m, d^2)."""
+    generator = torch.Generator().manual_seed(0)
+    centre, deviation, count, steps = 0.6, 0.5, 20_000, 400
+    sigmas = torch.linspace(1, 0, steps + 1).tolist()
+    start = torch.randn(count, 1, 1, 1, generator=generator)
+    ends = {}
+    for level in (0.0, 0.7):
+        x = start
+        for sigma, sigma_next in zip(sigmas, sigmas[1:]):
+            variance = (1 - sigma) ** 2 * deviation**2 + sigma**2
+            slope = (sigma - (1 - sigma) * deviation**2) / variance          # E[noise - data | x] is linear in x
+            velocity = -centre + slope * (x - (1 - sigma) * centre)
+            noise = torch.randn(x.shape, generator=generator)
+            x = star.sde_step(x, velocity, sigma, sigma_next, sigmas[1], level, noise)[0]
+        ends[level] = x
+    assert (ends[0.7] - ends[0.0]).abs().mean() > 0.1, "the stochastic sampler must be one"
+    for x in ends.values():
+        assert abs(x.mean().item() - centre) < 4 * deviation / math.sqrt(count) + 2e-3
+        assert abs(x.var().item() - deviation**2) < 4 * deviation**2 * math.sqrt(2 / count) + 4e-3
+
+
+def test_6_noise_level_zero_is_the_scheduler_s_euler_step(pipeline):
+    scheduler = copy.deepcopy(pipeline.scheduler)
+    scheduler.set_timesteps(7)
+    x, velocity = torch.randn(2, 8, 4, 4), torch.randn(2, 8, 4, 4)
+    for index, timestep in enumerate(scheduler.timesteps):
+        sigmas = scheduler.sigmas.tolist()
+        ours = star.sde_step(x, velocity, sigmas[index], sigmas[index + 1], sigmas[1], 0.0, torch.randn_like(x))[0]
+        x = scheduler.step(velocity, timestep, x).prev_sample
+        torch.testing.assert_close(ours, x)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_7_first_ratio_is_one(pipeline, guidance_scale):
+    result, given, empty, sigmas, steps = painted(pipeline, guidance_scale)
+    log_prob = recomputed_log_prob(pipeline, result, given, empty, sigmas, steps, guidance_scale)
+    assert torch.equal(log_prob, result.log_prob)
+    assert torch.equal(star.star_loss(log_prob, result.log_prob, torch.ones(2), torch.ones_like(log_prob), 1e-3)[1], torch.ones_like(log_prob))
+
+
+def test_7_first_ratio_is_one_in_bfloat16(pipeline):
+    with torch.autocast("cpu", torch.bfloat16):
+        result, given, empty, sigmas, steps = painted(pipeline)
+        log_prob = recomputed_log_prob(pipeline, result, given, empty, sigmas, steps)
+    ratio = torch.exp(log_prob - result.log_prob)
+    torch.testing.assert_close(ratio, torch.ones_like(ratio), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("global_std", [False, True])
+def test_8_advantages(global_std):
+    rewards = torch.rand(5, 6, generator=torch.Generator().manual_seed(0))
+    rewards[2] = 0.7                                     # 0.7 is not exact in binary: its mean may differ by a rounding
+    advantages = star.group_advantages(rewards, global_std)
+    torch.testing.assert_close(advantages.mean(1), torch.zeros(5), atol=1e-5, rtol=0)
+    assert (advantages[2] == 0).all() and advantages.isfinite().all()
+    by_hand = (rewards[0] - rewards[0].mean()) / ((rewards if global_std else rewards[0]).std(unbiased=False) + 1e-4)
+    torch.testing.assert_close(advantages[0], by_hand)
+    assert star.group_advantages(rewards, clip=0.5).abs().max() == 0.5
+
+
+SMALL = ["--task", "ocr", "--iterations", "4", "--prompts-per-iteration", "2", "--group-size", "4", "--batch-size", "4", "--steps", "4",
+         "--stochastic-range", "0-2", "--stochastic-steps", "2", "--evaluate-every", "2", "--evaluation-prompts", "8", "--save-every", "1"]
+
+
+def without_seconds(folder):
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in star.read_metrics(folder)]
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    star.main([*SMALL, "--ema-decay", "0.5", "--out", str(folder)])
+    return folder
+
+
+def test_9_killed_and_resumed_is_the_same(finished_run, tmp_path):
+    folder = tmp_path / "killed"
+    command = [sys.executable, "star.py", *SMALL, "--ema-decay", "0.5", "--out", str(folder)]
+    process = subprocess.Popen(command, cwd=HERE, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not ((folder / "metrics.jsonl").exists() and len(star.read_metrics(folder)) >= 3):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    star.main([*command[2:], "--resume"])
+    assert without_seconds(folder) == without_seconds(finished_run)
+
+
+# -------------------------------------------------------------------------------------------------------- star_loss
+
+def test_loss_by_hand():
+    """One position inside the clip range and one outside, for either sign of the advantage, with weights."""
+    log_ratio = torch.tensor([[[[0.0, math.log(1.5)]]], [[[0.0, math.log(0.5)]]]])
+    weights = torch.tensor([[[[0.5, 1.5]]], [[[2.0, 0.0]]]])
+    loss, ratio, clipped = star.star_loss(log_ratio, torch.zeros_like(log_ratio), torch.tensor([2.0, -1.0]), weights, 0.2)
+    assert math.isclose(loss.item(), -(0.5 * 2 + 1.5 * 1.2 * 2 + 2.0 * -1 + 0.0) / 4, rel_tol=1e-6)
+    torch.testing.assert_close(ratio.flatten(), torch.tensor([1.0, 1.5, 1.0, 0.5]))
+    assert clipped.flatten().tolist() == [False, True, False, True]
+
+
+def test_no_gradient_flows_through_the_weights():
+    log_prob, maps = torch.zeros(1, 1, 2, 2, requires_grad=True), torch.rand(1, 1, 2, 2, requires_grad=True)
+    loss = star.star_loss(log_prob, torch.zeros(1, 1, 2, 2), torch.ones(1), star.allocation_weights(maps, (2, 2)), 0.1)[0]
+    loss.backward()
+    assert maps.grad is None and log_prob.grad is not None
+
+
+def test_kl_is_the_kl_of_two_normals():
+    a, b = torch.randn(2, 8, 3, 3), torch.randn(2, 8, 3, 3)
+    reference = torch.distributions.kl_divergence(torch.distributions.Normal(a, 0.3), torch.distributions.Normal(b, 0.3))
+    torch.testing.assert_close(star.kl_to_start(a, b, 0.3), reference.mean(1))
+
+
+# -------------------------------------------------------------------------------------------------------- core words
+
+def test_core_tokens_are_the_target_in_both_tokenizers(pipeline):
+    prompt = 'a red wall with a white sign "K7Q" and a ball'
+    mask = star.core_token_mask(prompt, [(30, 33)], pipeline.tokenizer, pipeline.tokenizer_3, 24)
+    assert prompt[30:33] == "K7Q" and mask.shape == (48,)
+    for tokenizer, part in ((pipeline.tokenizer, mask[:24]), (pipeline.tokenizer_3, mask[24:])):
+        ids = torch.tensor(tokenizer(prompt, padding="max_length", max_length=24, truncation=True)["input_ids"])
+        assert tokenizer.decode(ids[part]).replace(" ", "").upper() == "K7Q"
+
+
+def test_core_tokens_of_a_truncated_target(pipeline):
+    prompt = "a wall " * 9 + 'with a sign "K7Q"'                          # 18 tokens, "with a sign" and the quote are 22
+    spans = OCR.core_spans(None, prompt)
+    mask = star.core_token_mask(prompt, spans, pipeline.tokenizer, pipeline.tokenizer_3, 24)
+    assert mask[:24].sum() == 0 or mask[:24].sum() < 3
+    assert mask[24:].sum() < 3
+    cut = star.core_token_mask("a wall " * 20 + '"K7Q"', [(141, 144)], pipeline.tokenizer, pipeline.tokenizer_3, 24)
+    assert cut.sum() == 0
+
+
+def test_core_spans():
+    prompt = 'a sign "Hello World" and a sign "two"'
+    (start, end), = OCR.core_spans(None, prompt)
+    assert prompt[start:end] == "Hello World"
+    assert OCR.core_spans(None, "no quotes") == OCR.core_spans(None, 'empty "" quotes') == []
+
+
+# ---------------------------------------------------------------------------------------------------------- OCR reward
+
+@pytest.mark.parametrize("a, b, distance", [("", "", 0), ("abc", "abc", 0), ("abc", "", 3), ("kitten", "sitting", 3), ("ab", "ba", 2)])
+def test_edit_distance(a, b, distance):
+    assert edit_distance(a, b) == edit_distance(b, a) == distance
+
+
+@pytest.mark.parametrize("read, target, reward", [
+    ("K7Q", "K7Q", 1), ("k 7 q", "K7Q", 1), ("xxK7Qxx", "K7Q", 1), ("", "K7Q", 0), ("K7", "K7Q", 2 / 3), ("K77", "K7Q", 2 / 3),
+    ("completely different", "K7Q", 0), ("Hello Wrld", "hello world", 0.9)])
+def test_text_reward(read, target, reward):
+    assert text_reward(read, target) == pytest.approx(reward)
+
+
+def test_reader_reads_the_world(task):
+    sys.path.insert(0, str(HERE / "tiny"))
+    import random
+
+    import build
+    rng, texts = random.Random(123), build.all_targets(True)
+    signs = [build.picture(rng, texts, opacity=1.0, sign_share=1.0) for _ in range(200)]
+    bare = [build.picture(rng, texts, sign_share=0.0)["image"] for _ in range(100)]
+    prompts = [shot["caption"] for shot in signs]
+    assert task.reward([shot["image"] for shot in signs], prompts).mean() >= 0.99
+    assert task.reward(bare, prompts[:100]).mean() <= 0.1
+
+
+def test_train_and_heldout_targets_are_disjoint(task):
+    targets = [{prompt[slice(*task.core_spans(prompt)[0])] for prompt in prompts} for prompts in (task.prompts, task.heldout_prompts)]
+    assert not targets[0] & targets[1]
+
+
+# ------------------------------------------------------------------------------------------------------- a run's files
+
+def test_plain_diffusers_paints_what_is_asked(pipeline):
+    """As any user of diffusers would call it, with all defaults: the wall must be blue."""
+    picture = pipeline('a blue wall with a white sign "K7Q" and a red ball', generator=torch.Generator().manual_seed(0)).images[0]
+    red, green, blue = (sorted(channel.getdata())[512] for channel in picture.split())
+    assert picture.size == (32, 32) and blue > 150 and blue > red + 60 and blue > green + 60
+
+
+def test_run_leaves_what_it_promises(finished_run):
+    lines = star.read_metrics(finished_run)
+    assert [line["iteration"] for line in lines] == [0, 1, 2, 3, 4] and [line["images"] for line in lines] == [0, 8, 16, 24, 32]
+    assert ["heldout_reward" in line for line in lines] == [True, False, True, False, True]
+    for picture in ("samples.png", "maps.png", "curve.png"):
+        assert Image.open(finished_run / picture).width > 500
+    assert json.loads((finished_run / "config.json").read_text())["group_size"] == 4
+    trained = StableDiffusion3Pipeline.from_pretrained(finished_run / "checkpoint").transformer
+    start = StableDiffusion3Pipeline.from_pretrained(HERE / "tiny/sd3").transformer
+    changed = [not torch.equal(a, b) for a, b in zip(trained.parameters(), start.parameters())]
+    assert sum(changed) > 0.9 * len(changed)
+    assert not list(finished_run.rglob("*.bin")) and not list(finished_run.rglob("*.pt"))
+
+
+def test_plot_of_several_runs(finished_run, tmp_path):
+    star.main(["--plot", str(finished_run), str(finished_run), "--out", str(tmp_path)])
+    assert Image.open(tmp_path / "curve.png").size == (900, 480)
+
+
+def test_updates_raise_the_probability_of_the_better_picture(pipeline):
+    """A step along the loss's gradient makes the winner's transitions likelier than the loser's."""
+    pipeline = copy.deepcopy(pipeline)
+    result, given, empty, sigmas, steps = painted(pipeline)
+    weights = star.allocation_weights(result.maps, (16, 16))
+    optimizer = torch.optim.SGD(pipeline.transformer.parameters(), lr=1e-3)
+    log_prob = recomputed_log_prob(pipeline, result, given, empty, sigmas, steps)
+    star.star_loss(log_prob, result.log_prob, torch.tensor([1.0, -1.0]), weights, 0.1)[0].backward()
+    optimizer.step()
+    with torch.no_grad():
+        change = ((recomputed_log_prob(pipeline, result, given, empty, sigmas, steps) - result.log_prob) * weights).mean((1, 2, 3))
+    assert change[0] > change[1]
+
+
+def test_updates_that_are_not_finite_are_skipped_and_end_the_run(tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        star.main([*SMALL, "--iterations", "9", "--learning-rate", "1e30", "--out", str(tmp_path / "run")])
+    assert error.value.code == 2 and "five updates in a row" in capsys.readouterr().err
+    lines = star.read_metrics(tmp_path / "run")
+    assert [line.get("skipped_updates", 0) for line in lines][-5:] == [1] * 5
+    assert json.loads((tmp_path / "run/checkpoint/iteration.json").read_text())["iteration"] == lines[-6]["iteration"]
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+@pytest.mark.parametrize("arguments, says", [
+    (["--task", "chess"], "invalid choice: 'chess'"),
+    (["--model", "no/such/folder"], "no/such/folder"),
+    (["--model", "nobody/nothing"], "hf auth login"),
+    (["--group-size", "1"], "--group-size is 1"),
+    (["--batch-size", "7"], "--batch-size 7"),
+    (["--updates-per-iteration", "5"], "--updates-per-iteration 5"),
+    (["--stochastic-range", "0-99"], "--stochastic-range 0-99"),
+    (["--stochastic-range", "often"], "--stochastic-range often"),
+    (["--prompts", "nowhere.txt"], "nowhere.txt does not exist"),
+    (["--prompts", "EMPTY"], "is empty"),
+    (["--prompts", "UNQUOTED"], "prompt 2 has no text between straight double quotes: a ball"),
+    (["--prompts", "SINGLE"], "1 training prompts"),
+    (["--plot", "nowhere"], "no metrics.jsonl"),
+])
+def test_bad_input_is_one_clear_sentence(arguments, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(StableDiffusion3Pipeline, "from_pretrained", None)            # nothing heavy may be reached
+    files = {"EMPTY": "\n\n", "UNQUOTED": 'a "B"\na ball\n', "SINGLE": 'a "B"\n'}
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    arguments = [str(tmp_path / word) if word in files else word for word in arguments]
+    with pytest.raises(SystemExit) as error:
+        star.main([*arguments, "--out", str(tmp_path / "run")])
+    message = capsys.readouterr().err
+    assert error.value.code == 2 and says in message and "Traceback" not in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_asked_for_and_not_there(tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        star.main(["--device", "cuda", "--out", str(tmp_path / "run")])
+    assert error.value.code == 2 and "no CUDA device" in capsys.readouterr().err
+
+
+def test_a_run_is_not_overwritten(finished_run, capsys):
+    before = (finished_run / "metrics.jsonl").read_text()
+    for arguments, says in (([], "add --resume"), (["--resume", "--learning-rate", "1"], "learning_rate = 0.0002, not 1.0")):
+        with pytest.raises(SystemExit) as error:
+            star.main([*SMALL, "--ema-decay", "0.5", "--out", str(finished_run), *arguments])
+        assert error.value.code == 2 and says in capsys.readouterr().err
+    assert (finished_run / "metrics.jsonl").read_text() == before
