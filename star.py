@@ -12,7 +12,6 @@ pictures, checkpoints, main. Symbols: B pictures, S trained steps, T denoising s
 positions, h x w image tokens, K prompts, G pictures per prompt.
 """
 import argparse
-import copy
 import json
 import math
 import os
@@ -28,15 +27,18 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
 
 from rewards import TASKS
 
 HERE = Path(__file__).parent
+diffusers_logging.disable_progress_bar()
+transformers_logging.disable_progress_bar()
 
 
 # ------------------------------------------------------------------------------------------------------------- arguments
@@ -555,12 +557,18 @@ def check(args):
              f" {args.stochastic_steps}.")
     if args.device == "cuda" and not torch.cuda.is_available():
         stop("--device cuda was asked for, but PyTorch finds no CUDA device here; use --device cpu.")
-    if not Path(args.model).is_dir() and not (HERE / args.model).is_dir():
-        try:
-            StableDiffusion3Pipeline.load_config(args.model)
-        except Exception as error:      # the hub's client raises many kinds
-            stop(f"model {args.model} is neither a folder nor a hub model that can be reached ({type(error).__name__}). A gated model"
-                 " needs `hf auth login` and its licence accepted on its page; the miniature, --model tiny/sd3, needs neither.")
+    if args.map_blocks and not all(block.isdigit() for block in args.map_blocks.split(",")):
+        stop(f"--map-blocks {args.map_blocks} is not a list of block numbers, such as 2,3.")
+    try:
+        kind = StableDiffusion3Pipeline.load_config(find_model(args.model)).get("_class_name")
+    except Exception as error:      # the hub's client raises many kinds
+        stop(f"model {args.model} is neither a pipeline's folder nor a hub model that can be reached ({type(error).__name__}). A gated"
+             " model needs `hf auth login` and its licence accepted on its page; the miniature, --model tiny/sd3, needs neither.")
+    if kind != "StableDiffusion3Pipeline":
+        stop(f"model {args.model} is a {kind}; only pipelines of the Stable Diffusion 3 family (StableDiffusion3Pipeline) can be trained here.")
+    count = SD3Transformer2DModel.load_config(find_model(args.model), subfolder="transformer")["num_layers"]
+    if args.map_blocks and max(map(int, args.map_blocks.split(","))) >= count:
+        stop(f"--map-blocks {args.map_blocks} names a block that the model has not: its blocks are 0 to {count - 1}.")
     try:
         task = TASKS[args.task](args.prompts, args.heldout_prompts, args.reward_model)
     except ValueError as error:
@@ -568,6 +576,11 @@ def check(args):
     if len(task.prompts) < args.prompts_per_iteration:
         stop(f"there are {len(task.prompts)} training prompts, fewer than --prompts-per-iteration {args.prompts_per_iteration}.")
     return task
+
+
+def find_model(name):
+    """A folder, also one beside this file from anywhere else, or else the name of a hub model."""
+    return name if Path(name).is_dir() or not (HERE / name).is_dir() else str(HERE / name)
 
 
 def stochastic_range(args):
@@ -609,8 +622,7 @@ def main(argv=None):
 
     # Load: the pipeline in float32, of which only the transformer is trained, and the model that judges.
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
-    model = args.model if Path(args.model).is_dir() or not (HERE / args.model).is_dir() else HERE / args.model
-    pipeline = StableDiffusion3Pipeline.from_pretrained(checkpoint or model, torch_dtype=torch.float32).to(device)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(checkpoint or find_model(args.model), torch_dtype=torch.float32).to(device)
     transformer, vae = pipeline.transformer, pipeline.vae
     for part in (vae, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
         part.requires_grad_(False)
@@ -618,16 +630,15 @@ def main(argv=None):
         transformer.enable_gradient_checkpointing()
     start_transformer = None
     if args.kl_weight > 0:
-        start_transformer = type(transformer).from_pretrained(model, subfolder="transformer").to(device).requires_grad_(False)
+        start_transformer = type(transformer).from_pretrained(find_model(args.model), subfolder="transformer").to(device).requires_grad_(False)
     task.load(device)
     bfloat16 = args.precision == "bfloat16" or (args.precision == "auto" and device.type == "cuda")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
-    parameters = list(transformer.parameters())
-    parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=args.weight_decay)
     average = {name: p.detach().clone() for name, p in transformer.named_parameters()} if args.ema_decay else {}
-    blocks = transformer.config.num_layers
-    blocks = [int(block) for block in args.map_blocks.split(",")] if args.map_blocks else list(range(blocks // 2, blocks))
+    count = transformer.config.num_layers
+    blocks = [int(block) for block in args.map_blocks.split(",")] if args.map_blocks else list(range(count // 2, count))
 
     pipeline.scheduler.set_timesteps(args.steps)
     sigmas = pipeline.scheduler.sigmas.tolist()
@@ -637,8 +648,10 @@ def main(argv=None):
     images = args.prompts_per_iteration * args.group_size
     heldout = task.heldout_prompts[:args.evaluation_prompts]
     shown = heldout[:8]
-    print(f"{args.model} ({sum(p.numel() for p in parameters) / 1e6:.1f}M parameters), task {args.task}, {args.allocation}, on {device}: "
-          f"{args.iterations} iterations of {args.prompts_per_iteration} prompts x {args.group_size} pictures = {args.iterations * images} pictures")
+    size = sum(parameter.numel() for parameter in parameters)
+    print(f"{args.model} ({size / 1e6:.1f}M parameters, {16 * size / 2**30:.2f} GiB with gradients and AdamW's state), task {args.task},"
+          f" {args.allocation}, on {device}: {args.iterations} iterations of {args.prompts_per_iteration} prompts x {args.group_size}"
+          f" pictures = {args.iterations * images} pictures")
 
     # Before: how good is the model as it is? The first evaluation is line 0 of the metrics.
     metrics = folder / "metrics.jsonl"

@@ -409,6 +409,9 @@ def test_updates_that_are_not_finite_are_skipped_and_end_the_run(tmp_path, capsy
     (["--updates-per-iteration", "5"], "--updates-per-iteration 5"),
     (["--stochastic-range", "0-99"], "--stochastic-range 0-99"),
     (["--stochastic-range", "often"], "--stochastic-range often"),
+    (["--map-blocks", "late"], "--map-blocks late"),
+    (["--map-blocks", "2,17"], "its blocks are 0 to 3"),
+    (["--model", "FLUX"], "is a FluxPipeline"),
     (["--prompts", "nowhere.txt"], "nowhere.txt does not exist"),
     (["--prompts", "EMPTY"], "is empty"),
     (["--prompts", "UNQUOTED"], "prompt 2 has no text between straight double quotes: a ball"),
@@ -421,7 +424,9 @@ def test_bad_input_is_one_clear_sentence(arguments, says, tmp_path, capsys, monk
     files = {"EMPTY": "\n\n", "UNQUOTED": 'a "B"\na ball\n', "SINGLE": 'a "B"\n'}
     for name, content in files.items():
         (tmp_path / name).write_text(content)
-    arguments = [str(tmp_path / word) if word in files else word for word in arguments]
+    (tmp_path / "FLUX").mkdir()
+    (tmp_path / "FLUX/model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    arguments = [str(tmp_path / word) if word in [*files, "FLUX"] else word for word in arguments]
     with pytest.raises(SystemExit) as error:
         star.main([*arguments, "--out", str(tmp_path / "run")])
     message = capsys.readouterr().err

@@ -2,7 +2,7 @@
 
 The miniatures are small enough for a CPU but have the classes and file formats of the real models, so `star.py` needs
 one code path only. They live in a world of 32 x 32 pictures: a coloured wall, often a sign with three characters on it,
-and balls, boxes and triangles in several colours, counts and relations. About half of the signs are faded, as pictures
+and balls, boxes and triangles in several colours, counts and relations. Four signs of ten are faded, as pictures
 on the web are; the caption states their text all the same. A flow model trained on such pictures knows how to write,
 but writes legibly only half of the time: this is what reinforcement learning is given to mend.
 
@@ -37,13 +37,11 @@ TOKENS = 24         # text length of each encoder; the longest caption of the wo
 
 # ------------------------------------------------------------------------------------------------------------ the world
 
-GLYPHS = {          # 4 x 6 pixels each, chosen so that no two are alike; no vowels, see `clip_tokenizer`
-    "C": ".### #... #... #... #... .###", "F": "#### #... ###. #... #... #...", "H": "#..# #..# #### #..# #..# #..#",
-    "J": "..## ...# ...# ...# #..# .##.", "K": "#..# #.#. ##.. ##.. #.#. #..#", "L": "#... #... #... #... #... ####",
-    "N": "#..# ##.# ##.# #.## #.## #..#", "P": "###. #..# #..# ###. #... #...", "Q": ".##. #..# #..# #..# #.## .###",
-    "T": "#### .##. .##. .##. .##. .##.", "X": "#..# #..# .##. .##. #..# #..#", "2": "###. ...# ..#. .#.. #... ####",
-    "3": "#### ...# .##. ...# #..# .##.", "4": "#..# #..# #### ...# ...# ...#", "7": "#### ...# ..#. ..#. .#.. .#..",
-    "9": ".##. #..# .### ...# ...# .##.",
+GLYPHS = {          # 3 x 6 pixels each, so that a letter and its gap are one image token wide; no vowels, see `clip_tokenizer`
+    "C": "### #.. #.. #.. #.. ###", "F": "### #.. ##. #.. #.. #..", "H": "#.# #.# ### #.# #.# #.#", "J": "..# ..# ..# ..# #.# .#.",
+    "K": "#.# #.# ##. ##. #.# #.#", "L": "#.. #.. #.. #.. #.. ###", "P": "### #.# #.# ### #.. #..", "Q": "### #.# #.# #.# ### ..#",
+    "T": "### .#. .#. .#. .#. .#.", "X": "#.# #.# .#. .#. #.# #.#", "Y": "#.# #.# #.# .#. .#. .#.", "2": "### ..# ..# ### #.. ###",
+    "3": "### ..# ### ..# ..# ###", "4": "#.# #.# #.# ### ..# ..#", "7": "### ..# ..# .#. .#. .#.", "9": "### #.# #.# ### ..# ###",
 }
 LETTERS = "".join(GLYPHS)
 COLOURS = {
@@ -56,7 +54,7 @@ SHAPES = ["ball", "box", "triangle"]
 PLURAL = {"ball": "balls", "box": "boxes", "triangle": "triangles"}
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = ["left of", "right of", "above", "below"]
-SIGN = (16, 8)                                       # width and height of a sign in pixels
+SIGN = (12, 8)                                       # width and height in pixels of the writing with its gaps
 
 
 def all_targets(held_out: bool) -> list[str]:
@@ -67,11 +65,12 @@ def all_targets(held_out: bool) -> list[str]:
     return texts[:cut] if held_out else texts[cut:]
 
 
-def draw_text(image, text, x, y, opacity):
-    """Write `text` in black with the given opacity; (x, y) is the sign's top left corner."""
+def draw_sign(image, colour, text, x, y, opacity):
+    """A sign of one colour with `text` in black; (x, y) is the writing's top left corner, one pixel right of the sign's."""
+    image.paste(COLOURS[colour], (x - 1, y, x + SIGN[0], y + SIGN[1]))
     for index, letter in enumerate(text):
-        ink = Image.frombytes("L", (4, 6), bytes(round(255 * opacity) * (bit == "#") for bit in GLYPHS[letter].replace(" ", "")))
-        image.paste((0, 0, 0), (x + 1 + 5 * index, y + 1), ink)
+        ink = Image.frombytes("L", (3, 6), bytes(round(255 * opacity) * (bit == "#") for bit in GLYPHS[letter].replace(" ", "")))
+        image.paste((0, 0, 0), (x + GRID * index, y + 1), ink)
 
 
 def draw_shape(draw, shape, box, colour):
@@ -146,10 +145,9 @@ def draw_plan(rng, plan, opacity):
     draw = ImageDraw.Draw(image)
     taken, objects, place = [], [], None
     if sign:
-        place = GRID * rng.randint(0, (SIZE - SIGN[0]) // GRID), GRID * rng.randint(0, (SIZE - SIGN[1]) // GRID)
-        draw.rectangle((*place, place[0] + SIGN[0] - 1, place[1] + SIGN[1] - 1), fill=COLOURS[sign[0]])
-        draw_text(image, sign[1], *place, opacity)
-        taken.append((*place, *SIGN))
+        place = GRID * rng.randint(1, (SIZE - SIGN[0]) // GRID), GRID * rng.randint(0, (SIZE - SIGN[1]) // GRID)
+        draw_sign(image, *sign, *place, opacity)
+        taken.append((place[0] - 1, place[1], SIGN[0] + 1, SIGN[1]))
     for number, (count, colour, shape) in enumerate(groups):
         for _ in range(count):
             fits = lambda x, y: True
@@ -166,8 +164,8 @@ def draw_plan(rng, plan, opacity):
 
 
 def random_opacity(rng):
-    """Half of the signs of this world are freshly painted, half are too faded to read."""
-    return rng.uniform(0.75, 1.0) if rng.random() < 0.5 else rng.uniform(0.0, 0.35)
+    """Six signs of ten in this world are freshly painted, the others are too faded to read."""
+    return rng.uniform(0.75, 1.0) if rng.random() < 0.6 else rng.uniform(0.0, 0.35)
 
 
 def picture(rng, texts, opacity=None, sign_share=0.7):
@@ -187,11 +185,10 @@ def picture(rng, texts, opacity=None, sign_share=0.7):
 def poster(rng, texts):
     """A picture full of signs: what an autoencoder needs to see often if it is to keep every stroke of a letter."""
     image = Image.new("RGB", (SIZE, SIZE), rng.choice(list(COLOURS.values())))
-    for x in range(0, SIZE, SIGN[0]):
+    for x in range(GRID, SIZE - SIGN[0], SIGN[0] + GRID):
         for y in range(0, SIZE, SIGN[1]):
             if rng.random() < 0.8:
-                image.paste(COLOURS[rng.choice(SIGN_COLOURS)], (x, y, x + SIGN[0], y + SIGN[1]))
-                draw_text(image, rng.choice(texts), x, y, random_opacity(rng))
+                draw_sign(image, rng.choice(SIGN_COLOURS), rng.choice(texts), x, y, random_opacity(rng))
     return image
 
 
@@ -322,12 +319,29 @@ def make_pipeline(args):
         text_encoder_2=clip(), tokenizer_2=tokenizer, text_encoder_3=t5, tokenizer_3=tokenizer_3)
 
 
+def mark_order(pipeline):
+    """Start the text encoders with a strong sense of order.
+
+    With transformers' own initial weights a character's features hardly depend on where it stands: the flow model then
+    learns which characters to write long before it learns their order. CLIP gets position embeddings as large as its
+    token embeddings, and each T5 head strong preferences for certain distances.
+    """
+    for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
+        for name, parameter in encoder.named_parameters():
+            if "position_embedding" in name or "token_embedding" in name:
+                torch.nn.init.normal_(parameter, std=0.5)
+    for name, parameter in pipeline.text_encoder_3.named_parameters():
+        if "relative_attention_bias" in name:
+            torch.nn.init.normal_(parameter, std=2.0)
+
+
 def build_flow(args):
     torch.manual_seed(3)
     rng = random.Random(3)
-    pipeline = make_pipeline(args).to(args.device)
+    pipeline = (StableDiffusion3Pipeline.from_pretrained(args.start) if args.start else make_pipeline(args)).to(args.device)
+    mark_order(pipeline)
     texts = all_targets(False)
-    pictures = [picture(rng, texts) for _ in tqdm(range(args.pictures), desc="pictures")]
+    pictures = [picture(rng, texts, sign_share=0.85) for _ in tqdm(range(args.pictures), desc="pictures")]
     vae = pipeline.vae
     latents, weights = [], torch.ones(len(pictures), 1, SIZE // 2, SIZE // 2)
     with torch.no_grad():
@@ -338,7 +352,7 @@ def build_flow(args):
     for weight, shot in zip(weights, pictures):
         if shot["place"]:                      # the writing is small: more weight there, so that it is learned first
             x, y = shot["place"]
-            weight[:, y // 2:(y + SIGN[1]) // 2, x // 2:(x + SIGN[0]) // 2] = 4.0
+            weight[:, y // 2:(y + SIGN[1]) // 2, x // 2:(x + SIGN[0]) // 2] = 6.0
     captions = [shot["caption"] for shot in pictures]
 
     modules = torch.nn.ModuleList([pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3])
@@ -356,7 +370,8 @@ def build_flow(args):
         prompts = ["" if rng.random() < 0.15 else captions[i] for i in chosen]
         context, _, pooled, _ = pipeline.encode_prompt(prompts, prompts, prompts, device=args.device,
                                                        do_classifier_free_guidance=False, max_sequence_length=length)
-        sigma = torch.sigmoid(torch.randn(batch, device=args.device) * 1.2 + 0.2)
+        # What is where, and which letters, is decided at high noise levels: seven samples of ten are from there.
+        sigma = torch.where(torch.rand(batch) < 0.7, 0.45 + 0.55 * torch.rand(batch), torch.rand(batch)).to(args.device)
         noise = torch.randn_like(x0)
         mix = sigma[:, None, None, None]
         velocity = pipeline.transformer((1 - mix) * x0 + mix * noise, context, pooled, sigma * 1000, return_dict=False)[0]
@@ -419,7 +434,7 @@ def build_ocr(args):
     images = to_tensor([s["image"] for s in shots])
     labels = tokenizer([s["text"] for s in shots], padding=True, return_tensors="pt").input_ids
     labels[labels == 0] = -100
-    steps, batch = 3000, 64
+    steps, batch = 4500, 64
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.1)
     for step in (bar := tqdm(range(steps), desc="ocr")):
@@ -446,6 +461,7 @@ def main():
     parser.add_argument("--device", default="cpu", help="cpu (about 3 hours on two cores) or cuda (minutes)")
     parser.add_argument("--only", choices=PARTS, help="make this part alone")
     parser.add_argument("--steps", type=int, default=7000, help="training steps of the flow model")
+    parser.add_argument("--start", help="folder of a pipeline whose weights the flow model starts from")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--pictures", type=int, default=60000)

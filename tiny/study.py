@@ -3,7 +3,6 @@
     python tiny/study.py maps                      does the attention find the sign? area under the ROC curve
     python tiny/study.py compare runs/ocr-*        pictures that `spatial` needs to reach what `uniform` ends with
     python tiny/study.py overhead                  time and memory of `spatial` relative to `uniform`
-    python tiny/study.py gradient                  how well a gradient estimate agrees with a second, independent one
     python tiny/study.py guidance                  held-out reward of the untrained miniature at several guidance scales
 """
 import argparse
@@ -18,11 +17,10 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+import star                      # first: it quiets the libraries' remarks about packages that nothing here needs
+import build
 import torch
 from diffusers import StableDiffusion3Pipeline
-
-import build
-import star
 from rewards import OCR
 
 
@@ -45,7 +43,7 @@ def maps(args):
     truth = torch.zeros(len(shots), 8, 8, dtype=torch.bool)
     for region, shot in zip(truth, shots):
         x, y = (side // build.GRID for side in shot["place"])
-        region[y:y + 2, x:x + 4] = True
+        region[y:y + 2, x:x + 3] = True
     core = torch.stack([star.core_token_mask(p, OCR.core_spans(None, p), pipeline.tokenizer, pipeline.tokenizer_3, build.TOKENS) for p in prompts])
     given = star.encode(pipeline, prompts, build.TOKENS)
     pipeline.scheduler.set_timesteps(10)
