@@ -622,7 +622,7 @@ def main(argv=None):
 
     # Load: the pipeline in float32, of which only the transformer is trained, and the model that judges.
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
-    pipeline = StableDiffusion3Pipeline.from_pretrained(checkpoint or find_model(args.model), torch_dtype=torch.float32).to(device)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(checkpoint or find_model(args.model)).to(device)
     transformer, vae = pipeline.transformer, pipeline.vae
     for part in (vae, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
         part.requires_grad_(False)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
-from PIL import Image
+from PIL import Image, ImageStat
 
 import star
 from rewards import OCR, edit_distance, text_reward
@@ -352,7 +352,7 @@ def test_train_and_heldout_targets_are_disjoint(task):
 def test_plain_diffusers_paints_what_is_asked(pipeline):
     """As any user of diffusers would call it, with all defaults: the wall must be blue."""
     picture = pipeline('a blue wall with a white sign "K7Q" and a red ball', generator=torch.Generator().manual_seed(0)).images[0]
-    red, green, blue = (sorted(channel.getdata())[512] for channel in picture.split())
+    red, green, blue = ImageStat.Stat(picture).median
     assert picture.size == (32, 32) and blue > 150 and blue > red + 60 and blue > green + 60
 
 

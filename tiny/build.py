@@ -55,6 +55,7 @@ PLURAL = {"ball": "balls", "box": "boxes", "triangle": "triangles"}
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = ["left of", "right of", "above", "below"]
 SIGN = (12, 8)                                       # width and height in pixels of the writing with its gaps
+PLACES = [(x, y) for x in (4, 20) for y in (0, 8, 16, 24)]     # no two overlap: a picture in the making can settle on one
 
 
 def all_targets(held_out: bool) -> list[str]:
@@ -145,7 +146,7 @@ def draw_plan(rng, plan, opacity):
     draw = ImageDraw.Draw(image)
     taken, objects, place = [], [], None
     if sign:
-        place = GRID * rng.randint(1, (SIZE - SIGN[0]) // GRID), GRID * rng.randint(0, (SIZE - SIGN[1]) // GRID)
+        place = rng.choice(PLACES)
         draw_sign(image, *sign, *place, opacity)
         taken.append((place[0] - 1, place[1], SIGN[0] + 1, SIGN[1]))
     for number, (count, colour, shape) in enumerate(groups):
@@ -388,7 +389,7 @@ def build_flow(args):
             running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
         if step % 10 == 0:
             bar.set_postfix(loss=f"{running:.4f}")
-        if (step + 1) % 500 == 0 or step + 1 == args.steps:
+        if (step + 1) % 250 == 0 or step + 1 == args.steps:
             kept = [p.detach().clone() for p in parameters]
             for p, a in zip(parameters, average):
                 p.data.copy_(a)
