@@ -12,13 +12,15 @@ pictures, checkpoints, main. Symbols: B pictures, S trained steps, T denoising s
 positions, h x w image tokens, K prompts, G pictures per prompt.
 """
 import argparse
+import itertools
 import json
 import math
 import os
 import shutil
 import sys
+import textwrap
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -27,11 +29,12 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 import torch
 import torch.nn.functional as F
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
+from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from rewards import TASKS
@@ -59,7 +62,7 @@ class Arguments:
     out: str = option(None, "folder for everything the run writes; runs/<task>-<allocation>-<seed> by default")
     resume: bool = option(False, "continue the run in --out from its last checkpoint")
     seed: int = option(0, "seed of prompts and noise")
-    device: str = option("auto", "cpu, cuda, or auto: cuda where there is one")
+    device: str = option("auto", "auto: cuda where there is one", ("auto", "cpu", "cuda"))
     precision: str = option("auto", "of the forward passes, the weights stay float32; auto: bfloat16 on cuda", ("auto", "float32", "bfloat16"))
 
     allocation: str = option("spatial", "uniform is Flow-GRPO; spatial weighs positions, spatiotemporal steps as well", ("uniform", "spatial", "spatiotemporal"))
@@ -122,14 +125,20 @@ def core_token_mask(prompt, spans, clip_tokenizer, t5_tokenizer, max_sequence_le
     return torch.tensor(masks)
 
 
+def core_tokens_of(pipeline, task, prompts, max_sequence_length) -> torch.Tensor:
+    """`core_token_mask` of each prompt, by the pipeline's tokenizers and the task's core words: bool [B, L]."""
+    return torch.stack([core_token_mask(prompt, task.core_spans(prompt), pipeline.tokenizer, pipeline.tokenizer_3, max_sequence_length)
+                        for prompt in prompts])
+
+
 # ---------------------------------------------------------------------------------------------------- AttentionAllocator
 
 class AttentionAllocator:
     """Records how much attention each image position pays to the core words while the transformer runs.
 
     In SD3's joint blocks image and text attend together: every image query has a softmax over [image; text] keys. The map
-    is the part of that softmax which falls on the core tokens, averaged over heads and the chosen blocks (specification
-    section 2). "Attention-weighted sum of an indicator" is just that sum, so the fused attention kernel computes it with
+    is the part of that softmax which falls on the core tokens, averaged over heads and the chosen blocks (README,
+    equation 4). "Attention-weighted sum of an indicator" is just that sum, so the fused attention kernel computes it with
     the indicator of the core tokens in place of the values: exact, and no attention matrix is ever kept.
 
     The block's own processor still computes the block's output, so the transformer's result is the same to the bit.
@@ -189,7 +198,7 @@ class AttentionAllocator:
 
 
 def allocation_weights(maps, size, allocation="spatial", lam=1.0):
-    """Attention maps to weights: w = (1 - lam) + lam * m / mean(m)  (specification section 2).
+    """Attention maps to weights: w = (1 - lam) + lam * m / mean(m)  (README, equation 4).
 
     The mean runs over positions (`spatial`), or over steps and positions (`spatiotemporal`); so the weights have mean 1
     over the same and the advantage is handed out differently, not increased. Where no attention at all falls on core
@@ -235,7 +244,7 @@ def position_log_prob(sample, mean, std):
 
     The Gaussian's covariance is diagonal, so its density is a product over positions: each of them is a decision of its
     own with a probability of its own. This is why a spatially resolved objective is exact and not a heuristic. The mean
-    over positions is Flow-GRPO's log-probability of the whole step (specification section 1).
+    over positions is Flow-GRPO's log-probability of the whole step (README, equation 2).
 
     Args: sample, mean [B, C, H, W]; std > 0, a float.  Returns: [B, H, W].
     """
@@ -246,7 +255,7 @@ def position_log_prob(sample, mean, std):
 
 @dataclass
 class Rollout:
-    """What a rollout leaves behind. `trained` are the S steps that were stochastic."""
+    """What a rollout leaves behind."""
     latents: torch.Tensor        # [B, T + 1, C, H, W]: pure noise first, the finished picture last
     log_prob: torch.Tensor       # [B, S, H, W] of the transitions of the stochastic steps
     maps: torch.Tensor           # [B, number of map steps, h, w] attention on the core words
@@ -313,7 +322,7 @@ def group_advantages(rewards, global_std=False, clip=None, eps=1e-4):
 # ------------------------------------------------------------------------------------------------------------- star_loss
 
 def star_loss(log_prob, old_log_prob, advantages, weights, clip_range):
-    """The weighted clipped objective (specification section 3).
+    """The weighted clipped objective (README, equation 5).
 
         ratio[b, k, p] = exp(log_prob - old_log_prob)
         L = - mean over b, k, p of  w[b, k, p] * min(ratio * A,  clip(ratio, 1 - eps, 1 + eps) * A)
@@ -369,44 +378,31 @@ def evaluate(pipeline, task, prompts, sigmas, shape, args):
     return task.reward(pictures, prompts), pictures
 
 
-FONT_SIZE = 13
+def mean_and_error(name, values):
+    """The mean of `values` [N] and its standard error, as two entries of a line of metrics."""
+    return {name: values.mean().item(), name + "_standard_error": values.std().item() / len(values) ** 0.5}
 
 
-def write(draw, xy, text, width=None, fill="black"):
-    """Draw text, broken into lines that fit into `width` pixels. Returns the y below it."""
-    font = ImageFont.load_default(FONT_SIZE)
-    lines, x, y = [""], *xy
-    for word in text.split(" "):
-        longer = f"{lines[-1]} {word}".strip()
-        if width and draw.textlength(longer, font) > width and lines[-1]:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    for line in lines:
-        draw.text((x, y), line, fill=fill, font=font)
-        y += FONT_SIZE + 3
-    return y
-
-
-def enlarge(picture, side=144):
-    """A small picture with its pixels visible, a large one smoothly reduced."""
-    return picture.resize((side, side), Image.NEAREST if picture.width < side else Image.LANCZOS)
-
-
-def draw_samples(rows, prompts, path):
-    """samples.png: one row per (title, pictures, rewards), one column per prompt, the reward under each picture."""
-    side, gap, label = 144, 12, 22
-    canvas = Image.new("RGB", (gap + (side + gap) * len(prompts), 8 + len(rows) * (side + 2 * label) + 90), "white")
+def draw_table(rows, path, side=144):
+    """A table of pictures with text under each. `rows` are lists of (PIL picture, text), the text broken by its writer."""
+    gap, line, font = 12, 17, ImageFont.load_default(13)
+    heights = [side + gap + line * max(text.count("\n") + 1 for _, text in row) for row in rows]
+    canvas = Image.new("RGB", (gap + (side + gap) * len(rows[0]), gap + sum(heights)), "white")
     draw = ImageDraw.Draw(canvas)
-    for column, prompt in enumerate(prompts):
-        x, y = gap + column * (side + gap), 8
-        for title, pictures, rewards in rows:
-            write(draw, (x, y), title)
-            canvas.paste(enlarge(pictures[column], side), (x, y + label - 4))
-            write(draw, (x, y + label + side - 2), f"reward {rewards[column]:.2f}", fill="#1a7a3c" if rewards[column] > 0.99 else "#b03020")
-            y += side + 2 * label
-        write(draw, (x, y), prompt, side)
+    for row, y in zip(rows, itertools.accumulate([gap, *heights])):
+        for x, (picture, text) in zip(itertools.count(gap, side + gap), row):
+            smooth = Image.LANCZOS if picture.width > side else Image.NEAREST        # the miniature's pixels stay visible
+            canvas.paste(picture.resize((side, side), smooth), (x, y))
+            draw.multiline_text((x, y + side + 2), text, fill="black", font=font)
     canvas.save(path)
+
+
+def draw_samples(before, after, prompts, path):
+    """samples.png: each prompt's picture before and after, as (pictures, rewards), from the same noise."""
+    rows = [[(picture, f"{title}: reward {reward:.2f}") for picture, reward in zip(*samples)]
+            for title, samples in (("before", before), ("after", after))]
+    rows[1] = [(picture, text + "\n\n" + textwrap.fill(prompt, 22)) for (picture, text), prompt in zip(rows[1], prompts)]
+    draw_table(rows, path)
 
 
 def draw_maps(predicted, maps, finals, prompts, sigmas, path):
@@ -414,55 +410,41 @@ def draw_maps(predicted, maps, finals, prompts, sigmas, path):
 
     predicted: list over steps of lists of pictures; maps [B, T, h, w]; finals: list of pictures.
     """
-    side, gap, top = 112, 6, 40
-    canvas = Image.new("RGB", (gap + (side + gap) * (len(predicted) + 1), top + (side + 2 * FONT_SIZE + 2 * gap) * len(finals)), "white")
-    draw = ImageDraw.Draw(canvas)
-    for row, prompt in enumerate(prompts):
-        y = top + row * (side + 2 * FONT_SIZE + 2 * gap)
-        write(draw, (gap, y), prompt)
+    rows = []
+    for number, prompt in enumerate(prompts):
+        rows.append([])
         for step, pictures in enumerate(predicted):
-            x = gap + step * (side + gap)
-            write(draw, (x, 4), f"step {step}")
-            write(draw, (x, 20), f"sigma {sigmas[step]:.2f}")
-            heat = maps[row, step] / maps[row, step].max()
-            heat = Image.fromarray((heat * 200).byte().cpu().numpy()).resize((side, side), Image.NEAREST)
-            tile = enlarge(pictures[row], side).convert("L").convert("RGB")
-            tile.paste((230, 30, 30), (0, 0), heat)
-            canvas.paste(tile, (x, y + FONT_SIZE + gap))
-        write(draw, (gap + len(predicted) * (side + gap), 4), "final")
-        canvas.paste(enlarge(finals[row], side), (gap + len(predicted) * (side + gap), y + FONT_SIZE + gap))
-    canvas.save(path)
+            heat = Image.fromarray((maps[number, step] / maps[number, step].max() * 200).byte().cpu().numpy())
+            tile = pictures[number].convert("L").convert("RGB")
+            tile.paste((230, 30, 30), (0, 0), heat.resize(tile.size, Image.NEAREST))
+            rows[-1].append((tile, f"step {step}, sigma {sigmas[step]:.2f}" + ("\n" + prompt if step == 0 else "")))
+        rows[-1].append((finals[number], "final picture"))
+    draw_table(rows, path, side=128)
 
 
 def draw_curve(runs, path):
-    """curve.png: reward against pictures seen. `runs` are (name, list of metrics); thin: training, dots: held-out."""
+    """curve.png: reward against pictures seen. `runs` are (name, list of metrics); thick: held-out, thin: training."""
     width, height, left, top, right, bottom = 900, 480, 60, 24, 240, 50
     canvas = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(canvas)
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
     most = max(line["images"] for _, lines in runs for line in lines) or 1
     place = lambda images, reward: (left + images / most * (width - left - right), height - bottom - reward * (height - top - bottom))
-    for tick in range(11):
+    for tick in range(0, 11, 2):
         x, y = place(most * tick / 10, tick / 10)
         draw.line([place(0, tick / 10), place(most, tick / 10)], fill="#dddddd")
-        write(draw, (left - 30, y - 8), f"{tick / 10:.1f}")
-        if tick % 2 == 0:
-            write(draw, (x - 14, height - bottom + 8), f"{round(most * tick / 10)}")
-    write(draw, (left + 200, height - 22), "pictures seen in training")
-    write(draw, (left - 50, 4), "reward")
-    colours = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22"]
-    for number, (name, lines) in enumerate(runs):
-        colour = colours[number % len(colours)]
-        training = [place(line["images"], line["reward_mean"]) for line in lines if "reward_mean" in line]
-        heldout = [place(line["images"], line["heldout_reward"]) for line in lines if "heldout_reward" in line]
-        if len(training) > 1:
-            draw.line(training, fill=colour, width=1)
-        if len(heldout) > 1:
-            draw.line(heldout, fill=colour, width=3)
-        for x, y in heldout:
+        draw.text((left - 10, y), f"{tick / 10:.1f}", "black", font, anchor="rm")
+        draw.text((x, height - bottom + 8), f"{most * tick / 10:.0f}", "black", font, anchor="mt")
+    draw.text((left, 4), "reward", "black", font)
+    draw.text(((left + width - right) / 2, height - 22), "pictures seen in training", "black", font, anchor="mt")
+    colours = itertools.cycle(["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22"])
+    for number, ((name, lines), colour) in enumerate(zip(runs, colours)):
+        for key, thickness in (("reward_mean", 1), ("heldout_reward", 3)):
+            points = [place(line["images"], line[key]) for line in lines if key in line]
+            draw.line(points, fill=colour, width=thickness)
+        for x, y in points:
             draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill=colour)
-        write(draw, (width - right + 14, top + 18 * number), name, fill=colour)
-    write(draw, (width - right + 14, height - bottom - 34), "thick: held-out prompts", fill="#555555")
-    write(draw, (width - right + 14, height - bottom - 16), "thin: training prompts", fill="#555555")
+        draw.text((width - right + 14, top + 18 * number), name, colour, font)
+    draw.text((width - right + 14, height - bottom), "thick: held-out prompts\nthin: training prompts", "#555555", font, anchor="ld")
     canvas.save(path)
 
 
@@ -508,22 +490,15 @@ def load_training_state(checkpoint, transformer, optimizer, average):
             parameter.data.copy_(state[f"weight/{name}"])
 
 
-class averaged:
+@contextmanager
+def averaged(transformer, average):
     """Within `with averaged(transformer, average)`, the transformer holds the averaged weights (if there are any)."""
-
-    def __init__(self, transformer, average):
-        self.transformer, self.average = transformer, average or {}
-
-    def swap(self):
-        for name, parameter in self.transformer.named_parameters():
-            if name in self.average:
-                parameter.data, self.average[name] = self.average[name], parameter.data
-
-    def __enter__(self):
-        self.swap()
-
-    def __exit__(self, *exception):
-        self.swap()
+    def swap():
+        for name, parameter in transformer.named_parameters() if average else ():
+            parameter.data, average[name] = average[name], parameter.data
+    swap()
+    yield
+    swap()
 
 
 # ------------------------------------------------------------------------------------------------------------------ main
@@ -544,7 +519,7 @@ def parse_arguments(argv=None):
 
 
 def check(args):
-    """Everything that can be said before anything heavy is loaded. Returns the task and the run's folder."""
+    """Everything that can be said before anything heavy is loaded. Returns the task."""
     images = args.prompts_per_iteration * args.group_size
     if args.group_size < 2:
         stop(f"--group-size is {args.group_size}, but an advantage compares pictures of one prompt: use 2 or more.")
@@ -555,6 +530,10 @@ def check(args):
     if not 0 <= first <= last < args.steps or not 1 <= args.stochastic_steps <= last - first + 1:
         stop(f"--stochastic-range {args.stochastic_range} must lie within steps 0 to {args.steps - 1} and hold --stochastic-steps"
              f" {args.stochastic_steps}.")
+    if not 0 <= args.lam <= 1:
+        stop(f"--lam is {args.lam}; it runs from 0 (no allocation) to 1 (all of it).")
+    if args.noise_level <= 0:
+        stop(f"--noise-level is {args.noise_level}; without noise there are no probabilities to train: use a number above 0, such as 0.7.")
     if args.device == "cuda" and not torch.cuda.is_available():
         stop("--device cuda was asked for, but PyTorch finds no CUDA device here; use --device cpu.")
     if args.map_blocks and not all(block.isdigit() for block in args.map_blocks.split(",")):
@@ -566,13 +545,20 @@ def check(args):
              " model needs `hf auth login` and its licence accepted on its page; the miniature, --model tiny/sd3, needs neither.")
     if kind != "StableDiffusion3Pipeline":
         stop(f"model {args.model} is a {kind}; only pipelines of the Stable Diffusion 3 family (StableDiffusion3Pipeline) can be trained here.")
-    count = SD3Transformer2DModel.load_config(find_model(args.model), subfolder="transformer")["num_layers"]
+    config = SD3Transformer2DModel.load_config(find_model(args.model), subfolder="transformer")
+    count, multiple = config["num_layers"], config["patch_size"] * vae_factor(AutoencoderKL.load_config(find_model(args.model), subfolder="vae"))
     if args.map_blocks and max(map(int, args.map_blocks.split(","))) >= count:
         stop(f"--map-blocks {args.map_blocks} names a block that the model has not: its blocks are 0 to {count - 1}.")
+    if args.height and (args.height < 1 or args.height % multiple):
+        stop(f"--height is {args.height}; pictures of this model have sides that are multiples of {multiple} pixels.")
     try:
         task = TASKS[args.task](args.prompts, args.heldout_prompts, args.reward_model)
     except ValueError as error:
         stop(str(error))
+    try:
+        AutoConfig.from_pretrained(task.model_name)
+    except Exception as error:      # as above
+        stop(f"reward model {task.model_name} is neither a model's folder nor a hub model that can be reached ({type(error).__name__}).")
     if len(task.prompts) < args.prompts_per_iteration:
         stop(f"there are {len(task.prompts)} training prompts, fewer than --prompts-per-iteration {args.prompts_per_iteration}.")
     return task
@@ -581,6 +567,11 @@ def check(args):
 def find_model(name):
     """A folder, also one beside this file from anywhere else, or else the name of a hub model."""
     return name if Path(name).is_dir() or not (HERE / name).is_dir() else str(HERE / name)
+
+
+def vae_factor(config):
+    """Pixels per latent position along each side, as diffusers' pipelines reckon it."""
+    return 2 ** (len(config["block_out_channels"]) - 1)
 
 
 def stochastic_range(args):
@@ -642,7 +633,7 @@ def main(argv=None):
 
     pipeline.scheduler.set_timesteps(args.steps)
     sigmas = pipeline.scheduler.sigmas.tolist()
-    side = (args.height or transformer.config.sample_size * pipeline.vae_scale_factor) // pipeline.vae_scale_factor
+    side = args.height // vae_factor(vae.config) if args.height else transformer.config.sample_size
     shape = (transformer.config.in_channels, side, side)
     empty = encode(pipeline, [""], args.max_sequence_length)
     images = args.prompts_per_iteration * args.group_size
@@ -665,12 +656,11 @@ def main(argv=None):
     else:
         with autocast:
             rewards, pictures = evaluate(pipeline, task, heldout, sigmas, shape, args)
-        metrics.write_text(json.dumps({"iteration": 0, "images": 0, "heldout_reward": rewards.mean().item()}) + "\n")
+        metrics.write_text(json.dumps({"iteration": 0, "images": 0, **mean_and_error("heldout_reward", rewards)}) + "\n")
         before = Image.new("RGB", (pictures[0].width * len(shown), pictures[0].height))
         for column, picture in enumerate(pictures[:len(shown)]):
             before.paste(picture, (column * picture.width, 0))
         before.save(folder / "before.png")
-        draw_samples([("before", pictures, rewards)], shown, folder / "samples.png")
 
     non_finite = 0
     bar = tqdm(range(first + 1, args.iterations + 1), initial=first, total=args.iterations, desc=args.task)
@@ -686,8 +676,7 @@ def main(argv=None):
             trained = list(range(start, start + args.stochastic_steps))
         else:
             trained = sorted((first_step + torch.randperm(last_step - first_step + 1, generator=generator)[:args.stochastic_steps]).tolist())
-        core = torch.stack([core_token_mask(prompt, task.core_spans(prompt), pipeline.tokenizer, pipeline.tokenizer_3, args.max_sequence_length)
-                            for prompt in prompts]).to(device)
+        core = core_tokens_of(pipeline, task, prompts, args.max_sequence_length).to(device)
         group = torch.arange(args.prompts_per_iteration).repeat_interleave(args.group_size)       # which prompt a picture is of
         noise = torch.randn(args.prompts_per_iteration if args.same_noise else images, *shape, generator=generator).to(device)
         noise = noise[group] if args.same_noise else noise
@@ -761,7 +750,7 @@ def main(argv=None):
         if iteration % args.evaluate_every == 0 or iteration == args.iterations:
             with autocast, averaged(transformer, average):
                 rewards, pictures = evaluate(pipeline, task, heldout, sigmas, shape, args)
-            line["heldout_reward"] = rewards.mean().item()
+            line |= mean_and_error("heldout_reward", rewards)
         with metrics.open("a") as file:
             file.write(json.dumps(line) + "\n")
         bar.set_postfix(reward=f"{line['reward_mean']:.3f}", **({"heldout": f"{line['heldout_reward']:.3f}"} if "heldout_reward" in line else {}))
@@ -777,7 +766,7 @@ def main(argv=None):
         before = Image.open(folder / "before.png")
         size = pictures[0].width
         before = [before.crop((i * size, 0, (i + 1) * size, size)) for i in range(len(shown))]
-        draw_samples([("before", before, task.reward(before, shown)), ("after", pictures, rewards)], shown, folder / "samples.png")
+        draw_samples((before, task.reward(before, shown)), (pictures, rewards), shown, folder / "samples.png")
         show_maps(pipeline, task, shown[:4], sigmas, shape, blocks, args, folder / "maps.png")
     lines = read_metrics(folder)
     draw_curve([(folder.name, lines)], folder / "curve.png")
@@ -788,8 +777,7 @@ def main(argv=None):
 def show_maps(pipeline, task, prompts, sigmas, shape, blocks, args, path):
     """Paint a few prompts by the plain flow while recording the map of every step, and draw maps.png."""
     generator = torch.Generator().manual_seed(args.seed)
-    core = torch.stack([core_token_mask(prompt, task.core_spans(prompt), pipeline.tokenizer, pipeline.tokenizer_3, args.max_sequence_length)
-                        for prompt in prompts])
+    core = core_tokens_of(pipeline, task, prompts, args.max_sequence_length)
     device = pipeline.transformer.device
     latents = torch.randn(len(prompts), *shape, generator=generator).to(device)
     painted = rollout(pipeline.transformer, latents, encode(pipeline, prompts, args.max_sequence_length), encode(pipeline, [""], args.max_sequence_length),

@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -115,7 +116,8 @@ def guidance(args):
         rewards, pictures = star.evaluate(pipeline, task, prompts, pipeline.scheduler.sigmas.tolist(), (8, 16, 16), settings)
         print(f"guidance {scale}: {rewards.mean():.3f} +- {rewards.std() / len(rewards) ** 0.5:.3f}", flush=True)
         if args.save:
-            star.draw_samples([(f"guidance {scale}", pictures, rewards)], prompts[:8], Path(args.save) / f"guidance_{scale}.png")
+            star.draw_table([[(picture, f"{reward:.2f}\n{textwrap.fill(prompt, 22)}") for picture, reward, prompt in zip(pictures[:8], rewards, prompts)]],
+                            Path(args.save) / f"guidance_{scale}.png")
 
 
 def main():
