@@ -67,7 +67,7 @@ class Arguments:
 
     allocation: str = option("spatial", "uniform is Flow-GRPO; spatial weighs positions, spatiotemporal steps as well", ("uniform", "spatial", "spatiotemporal"))
     lam: float = option(1.0, "strength of the allocation, from 0 (Flow-GRPO) to 1")
-    map_blocks: str = option(None, "transformer blocks whose attention makes the map, such as 2,3; the last half by default")
+    map_blocks: str = option(None, "transformer blocks whose attention makes the map, such as 2,3; the last quarter by default")
 
     prompts_per_iteration: int = option(6, "K, prompts per iteration")
     group_size: int = option(16, "G, pictures per prompt")
@@ -82,7 +82,7 @@ class Arguments:
     max_sequence_length: int = option(24, "T5 tokens of a prompt")
     height: int = option(None, "height and width of the pictures in pixels; the model's own by default")
 
-    iterations: int = option(40, "iterations of sampling and updating")
+    iterations: int = option(20, "iterations of sampling and updating")
     updates_per_iteration: int = option(1, "optimizer steps into which the pictures of an iteration are divided")
     learning_rate: float = option(2e-4, "AdamW's step size")
     weight_decay: float = option(1e-4, "AdamW's weight decay")
@@ -94,8 +94,8 @@ class Arguments:
     ema_decay: float = option(0.0, "average the weights with this decay for evaluation and the checkpoint; 0 does not")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, a third more time")
 
-    evaluate_every: int = option(10, "iterations between evaluations on the held-out prompts")
-    evaluation_prompts: int = option(192, "held-out prompts, one picture each")
+    evaluate_every: int = option(2, "iterations between evaluations on the held-out prompts")
+    evaluation_prompts: int = option(96, "held-out prompts, one picture each")
     save_every: int = option(10, "iterations between checkpoints")
 
 
@@ -436,15 +436,19 @@ def draw_curve(runs, path):
         draw.text((x, height - bottom + 8), f"{most * tick / 10:.0f}", "black", font, anchor="mt")
     draw.text((left, 4), "reward", "black", font)
     draw.text(((left + width - right) / 2, height - 22), "pictures seen in training", "black", font, anchor="mt")
-    colours = itertools.cycle(["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22"])
-    for number, ((name, lines), colour) in enumerate(zip(runs, colours)):
-        for key, thickness in (("reward_mean", 1), ("heldout_reward", 3)):
-            points = [place(line["images"], line[key]) for line in lines if key in line]
-            draw.line(points, fill=colour, width=thickness)
-        for x, y in points:
-            draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill=colour)
-        draw.text((width - right + 14, top + 18 * number), name, colour, font)
-    draw.text((width - right + 14, height - bottom), "thick: held-out prompts\nthin: training prompts", "#555555", font, anchor="ld")
+    colours = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2"]
+    kinds = [name.rstrip("0123456789").rstrip("-") for name, _ in runs]                  # runs that differ in their seed share a colour
+    for number, kind in enumerate(dict.fromkeys(kinds)):
+        colour, same = colours[number % len(colours)], [run for run, other in zip(runs, kinds) if other == kind]
+        for name, lines in same:
+            for key, thickness in (("reward_mean", 1), ("heldout_reward", 3)):
+                points = [place(line["images"], line[key]) for line in lines if key in line]
+                if key == "heldout_reward" or len(runs) < 3:
+                    draw.line(points, fill=colour, width=thickness)
+            for x, y in points:
+                draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill=colour)
+        draw.text((width - right + 14, top + 18 * number), name if len(same) == 1 else f"{kind}, {len(same)} seeds", colour, font)
+    draw.text((width - right + 14, height - bottom), "thick: held-out prompts" + "\nthin: training prompts" * (len(runs) < 3), "#555555", font, anchor="ld")
     canvas.save(path)
 
 
@@ -629,7 +633,7 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=args.weight_decay)
     average = {name: p.detach().clone() for name, p in transformer.named_parameters()} if args.ema_decay else {}
     count = transformer.config.num_layers
-    blocks = [int(block) for block in args.map_blocks.split(",")] if args.map_blocks else list(range(count // 2, count))
+    blocks = [int(block) for block in args.map_blocks.split(",")] if args.map_blocks else list(range(count - max(1, count // 4), count))
 
     pipeline.scheduler.set_timesteps(args.steps)
     sigmas = pipeline.scheduler.sigmas.tolist()
