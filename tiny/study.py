@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -51,8 +52,8 @@ def maps(args):
     generator = torch.Generator().manual_seed(0)
     count = transformer.config.num_layers
     choices = {f"block {block}": [block] for block in range(count)} | {f"blocks {count // 2} to {count - 1}": list(range(count // 2, count)), "all": list(range(count))}
-    print("step        " + "  ".join(f"{step:>5}" for step in range(10)))
-    print("sigma       " + "  ".join(f"{sigma:5.2f}" for sigma in pipeline.scheduler.sigmas.tolist()[:10]))
+    print("step            " + "  ".join(f"{step:>5}" for step in range(10)))
+    print("sigma           " + "  ".join(f"{sigma:5.2f}" for sigma in pipeline.scheduler.sigmas.tolist()[:10]))
     noise = torch.randn(clean.shape, generator=generator)
     for name, blocks in choices.items():
         row = []
@@ -61,7 +62,7 @@ def maps(args):
                 star.predict_velocity(transformer, (1 - sigma) * clean + sigma * noise, sigma, given, 1.0, None)
             found = allocator.map().view(-1, 8, 8)
             row.append(statistics.mean(area_under_roc(m, t) for m, t in zip(found, truth)))
-        print(f"{name:<12}" + "  ".join(f"{value:5.3f}" for value in row), flush=True)
+        print(f"{name:<16}" + "  ".join(f"{value:5.3f}" for value in row), flush=True)
 
 
 def images_to_reach(lines, goal):
@@ -74,32 +75,66 @@ def images_to_reach(lines, goal):
 
 
 def compare(args):
-    runs = {Path(run).name: star.read_metrics(Path(run)) for run in args.runs}
-    final = lambda lines: [line["heldout_reward"] for line in lines if "heldout_reward" in line][-1]
-    ratios = []
-    print("seed  start  uniform's end  spatial's end  pictures to uniform's end: uniform  spatial  ratio")
-    for seed in sorted({int(name.rsplit("-", 1)[1]) for name in runs}):
-        uniform, spatial = (runs[f"ocr-{allocation}-{seed}"] for allocation in ("uniform", "spatial"))
-        goal = final(uniform)
-        needed = images_to_reach(uniform, goal), images_to_reach(spatial, goal)
-        ratios.append(needed[1] / needed[0])
-        print(f"{seed:>4}  {uniform[0]['heldout_reward']:.3f}  {goal:>13.3f}  {final(spatial):>13.3f}  {needed[0]:>34.0f}  {needed[1]:>7.0f}  {ratios[-1]:.2f}")
-    print(f"ratio: median {statistics.median(ratios):.2f}, from {min(ratios):.2f} to {max(ratios):.2f}")
+    """Seed by seed, from the held-out rewards of uniform and spatial runs that differ in nothing else."""
+    heldout = lambda lines: [line["heldout_reward"] for line in lines if "heldout_reward" in line]
+    rows = []
+    for seed in sorted({int(Path(run).name.rsplit("-", 1)[1]) for run in args.runs}):
+        uniform, spatial = (star.read_metrics(Path(args.runs[0]).parent / f"ocr-{allocation}-{seed}") for allocation in ("uniform", "spatial"))
+        needed = {goal: [images_to_reach(lines, goal) for lines in (uniform, spatial)] for goal in (0.8, heldout(uniform)[-1])}
+        early, late = needed.values()
+        rows.append({"seed": seed, "start": heldout(uniform)[0], "end, uniform": heldout(uniform)[-1], "end, spatial": heldout(spatial)[-1],
+                     "mean over the run, uniform": statistics.mean(heldout(uniform)), "mean over the run, spatial": statistics.mean(heldout(spatial)),
+                     "pictures to 0.80, uniform": early[0], "pictures to 0.80, spatial": early[1], "ratio at 0.80": early[1] / early[0],
+                     "pictures to uniform's end, uniform": late[0], "pictures to uniform's end, spatial": late[1], "ratio at uniform's end": late[1] / late[0]})
+    for key in rows[0]:
+        print(f"{key:<36}" + "".join(f"{row[key]:>8.0f}" if row[key] > 10 or key == "seed" else f"{row[key]:>8.3f}" for row in rows))
+    for key in ("ratio at 0.80", "ratio at uniform's end"):
+        ratios = [row[key] for row in rows]
+        print(f"{key}: median {statistics.median(ratios):.2f}, from {min(ratios):.2f} to {max(ratios):.2f}")
+    gains = [row["mean over the run, spatial"] - row["mean over the run, uniform"] for row in rows]
+    print(f"spatial's gain in the mean over the run: median {statistics.median(gains):+.3f}, from {min(gains):+.3f} to {max(gains):+.3f}")
 
 
 def overhead(args):
+    """CPU seconds of one thread for a rollout and its update (noise of other programs counts little), and peak memory of whole runs."""
+    torch.set_num_threads(1)
+    settings, generator = star.Arguments(), torch.Generator().manual_seed(0)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(args.model)
+    transformer, count = pipeline.transformer, settings.batch_size
+    prompts = OCR().prompts[:count]
+    core = star.core_tokens_of(pipeline, OCR(), prompts, settings.max_sequence_length)
+    with torch.no_grad():
+        given = star.encode(pipeline, prompts, settings.max_sequence_length)
+    pipeline.scheduler.set_timesteps(settings.steps)
+    sigmas, trained = pipeline.scheduler.sigmas.tolist(), list(range(2, 2 + settings.stochastic_steps))
+    blocks = star.default_map_blocks(transformer.config.num_layers)
+    noise, advantages = torch.randn(count, 8, 16, 16, generator=generator), torch.randn(count, generator=generator)
+
+    def rollout_and_update(allocation):
+        start = time.process_time()
+        maps = {} if allocation == "uniform" else {"core_tokens": core, "map_steps": trained, "map_blocks": blocks}
+        painted = star.rollout(transformer, noise, given, None, sigmas, trained, generator, **maps)
+        weights = torch.ones_like(painted.log_prob) if allocation == "uniform" else star.allocation_weights(painted.maps, (16, 16))
+        for j, step in enumerate(trained):
+            velocity = star.predict_velocity(transformer, painted.latents[:, step], sigmas[step], given, 1.0, None)
+            _, mean, std = star.sde_step(painted.latents[:, step], velocity, sigmas[step], sigmas[step + 1], sigmas[1], 0.7, 0.0)
+            log_prob = star.position_log_prob(painted.latents[:, step + 1], mean, std)[:, None]
+            star.star_loss(log_prob, painted.log_prob[:, j:j + 1], advantages, weights[:, j:j + 1], 0.02)[0].backward()
+        return time.process_time() - start
+
     seconds, memory = {"uniform": [], "spatial": []}, {"uniform": [], "spatial": []}
-    for repeat in range(args.repeats):
+    rollout_and_update("uniform")                                              # the first warms up
+    for repeat in range(3 * args.repeats):
         for allocation in seconds if repeat % 2 == 0 else reversed(seconds):
+            seconds[allocation].append(rollout_and_update(allocation))
+    for repeat in range(args.repeats):
+        for allocation in memory if repeat % 2 == 0 else reversed(memory):
             with tempfile.TemporaryDirectory() as folder:
-                command = [sys.executable, str(HERE.parent / "star.py"), "--allocation", allocation, "--iterations", "4", "--evaluation-prompts", "8",
-                           "--save-every", "99", "--out", folder + "/run"]
+                command = [sys.executable, str(HERE.parent / "star.py"), "--allocation", allocation, "--iterations", "1", "--evaluation-prompts", "8", "--out", folder + "/run"]
                 process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
                 memory[allocation].append(os.wait4(process.pid, 0)[2].ru_maxrss / 1024)
-                lines = star.read_metrics(Path(folder) / "run")[2:]               # the first iteration warms up
-                seconds[allocation].append(statistics.mean(sum(line["seconds"].values()) for line in lines))
-    for name, unit, values in (("seconds per iteration", "s", seconds), ("peak memory", "MiB", memory)):
-        ratios = [b / a for a, b in zip(values["uniform"], values["spatial"])]
+    for name, unit, values in (("rollout and update", "s", seconds), ("peak memory", "MiB", memory)):
+        ratios = sorted(b / a for a, b in zip(values["uniform"], values["spatial"]))
         print(f"{name}: uniform {statistics.median(values['uniform']):.2f} {unit}, spatial {statistics.median(values['spatial']):.2f} {unit}, "
               f"ratio median {statistics.median(ratios):.3f}, from {min(ratios):.3f} to {max(ratios):.3f}")
 
