@@ -465,7 +465,7 @@ PARTS = {"prompts": build_prompts, "vae": build_vae, "flow": build_flow, "ocr": 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", help="cpu (about two hours) or cuda (minutes)")
+    parser.add_argument("--device", default="cpu", help="cpu (one to two hours) or cuda (minutes)")
     parser.add_argument("--only", choices=PARTS, help="make this part alone")
     args = parser.parse_args()
     for name, build in PARTS.items():
