@@ -419,7 +419,8 @@ def draw_maps(predicted, maps, finals, prompts, sigmas, path):
     for number, prompt in enumerate(prompts):
         rows.append([])
         for step, pictures in enumerate(predicted):
-            heat = Image.fromarray((maps[number, step] / maps[number, step].max() * 200).byte().cpu().numpy())
+            heat = maps[number, step] / maps[number, step].max().clamp_min(1e-8)         # all zero where truncation cut the core words off
+            heat = Image.fromarray((heat * 200).byte().cpu().numpy())
             tile = pictures[number].convert("L").convert("RGB")
             tile.paste((230, 30, 30), (0, 0), heat.resize(tile.size, Image.NEAREST))
             rows[-1].append((tile, f"step {step}, sigma {sigmas[step]:.2f}" + ("\n" + prompt if step == 0 else "")))
@@ -529,6 +530,9 @@ def parse_arguments(argv=None):
 
 def check(args):
     """Everything that can be said before anything heavy is loaded. Returns the task."""
+    for name, value in asdict(args).items():
+        if type(value) is int and value < 1 and name != "seed":
+            stop(f"--{name.replace('_', '-')} is {value}; it is a count and must be 1 or more.")
     images = args.prompts_per_iteration * args.group_size
     if args.group_size < 2:
         stop(f"--group-size is {args.group_size}, but an advantage compares pictures of one prompt: use 2 or more.")
@@ -549,16 +553,18 @@ def check(args):
         stop(f"--map-blocks {args.map_blocks} is not a list of block numbers, such as 2,3.")
     try:
         kind = StableDiffusion3Pipeline.load_config(find_model(args.model)).get("_class_name")
+        if kind == "StableDiffusion3Pipeline":
+            config = SD3Transformer2DModel.load_config(find_model(args.model), subfolder="transformer")
+            vae_config = AutoencoderKL.load_config(find_model(args.model), subfolder="vae")
     except Exception as error:      # the hub's client raises many kinds
-        stop(f"model {args.model} is neither a pipeline's folder nor a hub model that can be reached ({type(error).__name__}). A gated"
+        stop(f"model {args.model} is neither a whole pipeline's folder nor a hub model that can be reached ({type(error).__name__}). A gated"
              " model needs `hf auth login` and its licence accepted on its page; the miniature, --model tiny/sd3, needs neither.")
     if kind != "StableDiffusion3Pipeline":
         stop(f"model {args.model} is a {kind}; only pipelines of the Stable Diffusion 3 family (StableDiffusion3Pipeline) can be trained here.")
-    config = SD3Transformer2DModel.load_config(find_model(args.model), subfolder="transformer")
-    count, multiple = config["num_layers"], config["patch_size"] * vae_factor(AutoencoderKL.load_config(find_model(args.model), subfolder="vae"))
+    count, multiple = config["num_layers"], config["patch_size"] * vae_factor(vae_config)
     if args.map_blocks and max(map(int, args.map_blocks.split(","))) >= count:
         stop(f"--map-blocks {args.map_blocks} names a block that the model has not: its blocks are 0 to {count - 1}.")
-    if args.height and (args.height < 1 or args.height % multiple):
+    if args.height and args.height % multiple:
         stop(f"--height is {args.height}; pictures of this model have sides that are multiples of {multiple} pixels.")
     try:
         task = TASKS[args.task](args.prompts, args.heldout_prompts, args.reward_model)

@@ -443,6 +443,9 @@ def test_updates_that_are_not_finite_are_skipped_and_end_the_run(tmp_path, capsy
     (["--updates-per-iteration", "5"], "--updates-per-iteration 5"),
     (["--stochastic-range", "0-99"], "--stochastic-range 0-99"),
     (["--stochastic-range", "often"], "--stochastic-range often"),
+    (["--evaluate-every", "0"], "--evaluate-every is 0"),
+    (["--batch-size", "0"], "--batch-size is 0"),
+    (["--height", "-32"], "--height is -32"),
     (["--lam", "2"], "--lam is 2.0"),
     (["--noise-level", "0"], "--noise-level is 0.0"),
     (["--height", "30"], "multiples of 4 pixels"),
@@ -450,6 +453,7 @@ def test_updates_that_are_not_finite_are_skipped_and_end_the_run(tmp_path, capsy
     (["--map-blocks", "late"], "--map-blocks late"),
     (["--map-blocks", "2,17"], "its blocks are 0 to 3"),
     (["--model", "FLUX"], "is a FluxPipeline"),
+    (["--model", "HALF"], "neither a whole pipeline's folder"),
     (["--prompts", "nowhere.txt"], "nowhere.txt does not exist"),
     (["--prompts", "EMPTY"], "is empty"),
     (["--prompts", "UNQUOTED"], "prompt 2 has no text between straight double quotes: a ball"),
@@ -462,9 +466,11 @@ def test_bad_input_is_one_clear_sentence(arguments, says, tmp_path, capsys, monk
     files = {"EMPTY": "\n\n", "UNQUOTED": 'a "B"\na ball\n', "SINGLE": 'a "B"\n'}
     for name, content in files.items():
         (tmp_path / name).write_text(content)
-    (tmp_path / "FLUX").mkdir()
-    (tmp_path / "FLUX/model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    arguments = [str(tmp_path / word) if word in [*files, "FLUX"] else word for word in arguments]
+    folders = {"FLUX": "FluxPipeline", "HALF": "StableDiffusion3Pipeline"}
+    for name, kind in folders.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+    arguments = [str(tmp_path / word) if word in {**files, **folders} else word for word in arguments]
     with pytest.raises(SystemExit) as error:
         star.main([*arguments, "--out", str(tmp_path / "run")])
     message = capsys.readouterr().err

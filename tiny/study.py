@@ -96,7 +96,7 @@ def compare(args):
 
 
 def overhead(args):
-    """CPU seconds of one thread for a rollout and its update (noise of other programs counts little), and peak memory of whole runs."""
+    """CPU seconds of one thread for a rollout and its update (steadier than the clock where other programs run), and peak memory of whole runs."""
     torch.set_num_threads(1)
     settings, generator = star.Arguments(), torch.Generator().manual_seed(0)
     pipeline = StableDiffusion3Pipeline.from_pretrained(args.model)
@@ -134,7 +134,7 @@ def overhead(args):
                 process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
                 memory[allocation].append(os.wait4(process.pid, 0)[2].ru_maxrss / 1024)
     for name, unit, values in (("rollout and update", "s", seconds), ("peak memory", "MiB", memory)):
-        ratios = sorted(b / a for a, b in zip(values["uniform"], values["spatial"]))
+        ratios = [b / a for a, b in zip(values["uniform"], values["spatial"])]
         print(f"{name}: uniform {statistics.median(values['uniform']):.2f} {unit}, spatial {statistics.median(values['spatial']):.2f} {unit}, "
               f"ratio median {statistics.median(ratios):.3f}, from {min(ratios):.3f} to {max(ratios):.3f}")
 
