@@ -8,21 +8,23 @@ The constructor only reads and checks prompts; `load(device)` brings in what is 
 """
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, Mask2FormerModel
+from transformers.models.mask2former.modeling_mask2former import Mask2FormerPreTrainedModel
 
 TINY = Path(__file__).parent / "tiny"
 
 
-def read_prompts(path: str) -> list[str]:
-    """The lines of a prompt file, one prompt each; blank lines are left out. Raises ValueError for an unusable file."""
+def read_lines(path: str) -> list[tuple[int, str]]:
+    """(line number, text) of every line of a file that is not blank. Raises ValueError for an unusable file."""
     if not Path(path).is_file():
         raise ValueError(f"prompt file {path} does not exist; give a text file with one prompt per line.")
-    prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not prompts:
+    lines = [(number, line.strip()) for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1) if line.strip()]
+    if not lines:
         raise ValueError(f"prompt file {path} is empty; it needs one prompt per line.")
-    return prompts
+    return lines
 
 
 def edit_distance(a: str, b: str) -> int:
@@ -52,13 +54,18 @@ class OCR:
 
     def __init__(self, prompts: str = None, heldout_prompts: str = None, model: str = None):
         """Paths of the two prompt files and the folder or hub name of the reader; the miniature's own by default."""
-        files = prompts or TINY / "prompts/ocr.txt", heldout_prompts or TINY / "prompts/ocr_heldout.txt"
-        self.prompts, self.heldout_prompts = (read_prompts(file) for file in files)
+        self.prompts = self.with_text(prompts or TINY / "prompts/ocr.txt")
+        self.heldout_prompts = self.with_text(heldout_prompts or TINY / "prompts/ocr_heldout.txt")
         self.model_name = model or TINY / "ocr"
-        for file, lines in zip(files, (self.prompts, self.heldout_prompts)):
-            for number, prompt in enumerate(lines, 1):
-                if not self.core_spans(prompt):
-                    raise ValueError(f'{file}, prompt {number} has no text between straight double quotes: {prompt}')
+
+    def with_text(self, file) -> list[str]:
+        """The prompts of a file, all of which must quote a text to write: a prompt without one has no reward."""
+        lines = read_lines(file)
+        without = [(number, line) for number, line in lines if not self.core_spans(line)]
+        if without:
+            raise ValueError(f"{file}, line {without[0][0]} has no text between straight double quotes: {without[0][1]}"
+                             + (f" (and {len(without) - 1} more such lines)" if len(without) > 1 else ""))
+        return [line for _, line in lines]
 
     def core_spans(self, prompt: str) -> list[tuple[int, int]]:
         """The (start, end) of the first quoted text, without its quotes; an empty list if there is none."""
@@ -70,15 +77,38 @@ class OCR:
         self.reader = AutoModelForImageTextToText.from_pretrained(self.model_name).to(device).eval()
 
     @torch.inference_mode()
-    def read(self, images: list) -> list[str]:
-        """What the reader sees on each PIL picture."""
-        pixels = self.processor(images=images, return_tensors="pt").pixel_values.to(self.reader.device)
-        return self.processor.batch_decode(self.reader.generate(pixel_values=pixels), skip_special_tokens=True)
+    def read(self, images: list, batch_size: int = 32) -> list[str]:
+        """What the reader sees on each PIL picture. Florence-2 wants to be told what to do, TrOCR can only read."""
+        told = {"text": "<OCR>"} if self.reader.config.model_type == "florence2" else {}
+        texts = []
+        for start in range(0, len(images), batch_size):
+            batch = images[start:start + batch_size]
+            inputs = self.processor(images=batch, **{key: [value] * len(batch) for key, value in told.items()}, return_tensors="pt").to(self.reader.device)
+            texts += self.processor.batch_decode(self.reader.generate(**inputs), skip_special_tokens=True)
+        return texts
 
     def reward(self, images: list, prompts: list[str]) -> torch.Tensor:
         """One reward in [0, 1] per picture, shape [len(images)]; see `text_reward`."""
         targets = [prompt[slice(*self.core_spans(prompt)[0])] for prompt in prompts]
         return torch.tensor([text_reward(read, target) for read, target in zip(self.read(images), targets)])
+
+
+class Segmenter(Mask2FormerPreTrainedModel):
+    """Mask2FormerForUniversalSegmentation without its training loss, which would need one more package (SciPy).
+
+    It loads the same checkpoints and returns what the image processor's post_process_instance_segmentation needs.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = Mask2FormerModel(config)
+        self.class_predictor = torch.nn.Linear(config.hidden_dim, config.num_labels + 1)
+        self.post_init()
+
+    def forward(self, pixel_values):
+        output = self.model(pixel_values=pixel_values)
+        return SimpleNamespace(class_queries_logits=self.class_predictor(output.transformer_decoder_last_hidden_state),
+                               masks_queries_logits=output.masks_queries_logits[-1])
 
 
 TASKS = {"ocr": OCR}

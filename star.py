@@ -16,7 +16,10 @@ import itertools
 import json
 import math
 import os
+import resource
 import shutil
+import signal
+import statistics
 import sys
 import textwrap
 import time
@@ -32,7 +35,9 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image, ImageDraw, ImageFont
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
@@ -52,51 +57,84 @@ def option(default, help, choices=None):
 
 @dataclass
 class Arguments:
-    """Everything a run depends on; `config.json` in the run's folder is this. Defaults suit the miniature on two CPU cores."""
+    """Everything a run depends on; `config.json` in the run's folder is this. These defaults suit the miniature on two CPU cores."""
 
+    # The run
     task: str = option("ocr", "what is rewarded", tuple(TASKS))
     model: str = option("tiny/sd3", "folder or hub name of a Stable Diffusion 3 pipeline")
-    prompts: str = option(None, "file with one training prompt per line; the task's own by default")
-    heldout_prompts: str = option(None, "file with one prompt per line for evaluation; the task's own by default")
-    reward_model: str = option(None, "folder or hub name of the model that judges; the task's own miniature by default")
+    prompts: str = option("tiny/prompts/ocr.txt", "file with one training prompt per line")
+    heldout_prompts: str = option("tiny/prompts/ocr_heldout.txt", "file with one prompt per line for evaluation")
+    reward_model: str = option("tiny/ocr", "folder or hub name of the model that judges")
     out: str = option(None, "folder for everything the run writes; runs/<task>-<allocation>-<seed> by default")
     resume: bool = option(False, "continue the run in --out from its last checkpoint")
     seed: int = option(0, "seed of prompts and noise")
-    device: str = option("auto", "auto: cuda where there is one", ("auto", "cpu", "cuda"))
-    precision: str = option("auto", "of the forward passes, the weights stay float32; auto: bfloat16 on cuda", ("auto", "float32", "bfloat16"))
+    iterations: int = option(20, "iterations of sampling and updating")
+    evaluate_every: int = option(2, "iterations between evaluations on the held-out prompts")
+    evaluation_prompts: int = option(96, "held-out prompts, one picture each")
+    save_every: int = option(10, "iterations between checkpoints")
+    keep: int = option(1, "checkpoints to keep, the newest ones")
 
+    # Allocation
     allocation: str = option("spatial", "uniform is Flow-GRPO; spatial weighs positions, spatiotemporal steps as well", ("uniform", "spatial", "spatiotemporal"))
     lam: float = option(1.0, "strength of the allocation, from 0 (Flow-GRPO) to 1")
     map_blocks: str = option(None, "transformer blocks whose attention makes the map, such as 2,3; the last quarter by default")
 
+    # Sampling
     prompts_per_iteration: int = option(6, "K, prompts per iteration")
     group_size: int = option(16, "G, pictures per prompt")
     batch_size: int = option(48, "pictures in one forward pass; divides prompts_per_iteration * group_size")
+    height: int = option(None, "height and width of the pictures in pixels; the model's own by default")
     steps: int = option(10, "T, denoising steps")
+    evaluation_steps: int = option(10, "denoising steps of the pictures painted for evaluation")
     stochastic_steps: int = option(3, "S, how many of these steps are stochastic and trained in each iteration")
     stochastic_range: str = option("0-6", "first and last step that may be stochastic")
     stochastic_choice: str = option("window", "consecutive steps (window) or any (random), drawn anew in each iteration", ("window", "random"))
     noise_level: float = option(0.7, "a, strength of the noise of a stochastic step")
     guidance_scale: float = option(1.0, "classifier-free guidance in sampling, training and evaluation; 1 is none")
     same_noise: bool = option(True, "start all pictures of a group from the same noise")
+    t5: bool = option(True, "use the third text encoder, the largest; SD3 can do without")
     max_sequence_length: int = option(24, "T5 tokens of a prompt")
-    height: int = option(None, "height and width of the pictures in pixels; the model's own by default")
 
-    iterations: int = option(20, "iterations of sampling and updating")
+    # Update
     updates_per_iteration: int = option(1, "optimizer steps into which the pictures of an iteration are divided")
-    learning_rate: float = option(2e-4, "AdamW's step size")
-    weight_decay: float = option(1e-4, "AdamW's weight decay")
+    optimizer: str = option("adamw", "adamw keeps 8 bytes per parameter, adafactor next to nothing", ("adamw", "adafactor"))
+    learning_rate: float = option(2e-4, "the optimizer's step size")
+    weight_decay: float = option(1e-4, "the optimizer's weight decay")
     max_gradient_norm: float = option(1.0, "gradients longer than this are shortened to it")
     clip_range: float = option(2e-2, "eps of the clipped objective, for per-position ratios")
     advantage_clip: float = option(5.0, "advantages are kept within plus and minus this")
     global_std: bool = option(False, "divide advantages by the deviation of all rewards of the iteration, not of the group")
     kl_weight: float = option(0.0, "beta, pull towards the starting weights; 0 keeps no copy of them")
     ema_decay: float = option(0.0, "average the weights with this decay for evaluation and the checkpoint; 0 does not")
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, a third more time")
 
-    evaluate_every: int = option(2, "iterations between evaluations on the held-out prompts")
-    evaluation_prompts: int = option(96, "held-out prompts, one picture each")
-    save_every: int = option(10, "iterations between checkpoints")
+    # Machine
+    device: str = option("auto", "auto: cuda where there is one", ("auto", "cpu", "cuda"))
+    precision: str = option("auto", "of the forward passes, the weights stay float32; auto: bfloat16 on cuda", ("auto", "float32", "bfloat16"))
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, a third more time")
+    reward_device: str = option("auto", "where the model that judges runs; auto: on --device", ("auto", "cpu", "cuda"))
+    compile: bool = option(False, "compile the transformer's blocks: minutes at the start, faster afterwards")
+    low_memory: bool = option(False, "other defaults for a small GPU: see LOW_MEMORY in star.py")
+
+
+SECTIONS = {"task": "the run", "allocation": "allocation", "prompts_per_iteration": "sampling", "updates_per_iteration": "update", "device": "machine"}
+
+# What replaces these defaults for a full-size model (a transformer for latents of 64 x 64 or more: SD3 Medium, SD3.5 Medium,
+# SD3.5 Large). Marked F: Flow-GRPO's published settings for SD3.5 Medium. The others are ours, for one GPU; nobody has tuned them.
+FULL_SIZE = dict(
+    height=512, steps=10, evaluation_steps=40, guidance_scale=4.5, noise_level=0.7, group_size=24, same_noise=False, global_std=True,    # F
+    stochastic_steps=3, stochastic_range="0-4",     # F (its fast variant): a window of 3 steps in the first half
+    weight_decay=1e-4, max_gradient_norm=1.0, advantage_clip=5.0,                                                                        # F
+    clip_range=6e-3,                # F has 1e-4 for one ratio per picture; one per position spreads sqrt(64 * 64) times as far
+    learning_rate=1e-5,             # F has 3e-4, for LoRA; full-parameter training needs far less
+    ema_decay=0.99,                 # F averages with 0.9 after every eighth update, which is about the same
+    max_sequence_length=256,        # as diffusers' pipeline does by default
+    prompts_per_iteration=8, batch_size=8, gradient_checkpointing=True, iterations=500, evaluate_every=20, save_every=20)
+FULL_SIZE_TASK = {"ocr": dict(kl_weight=0.04,                                                                                            # F
+                              reward_model="florence-community/Florence-2-large",
+                              prompts="tiny/prompts/real_ocr.txt", heldout_prompts="tiny/prompts/real_ocr_heldout.txt")}
+
+# What --low-memory replaces. The text encoders, the starting weights and the average wait on the CPU in any case.
+LOW_MEMORY = dict(batch_size=1, gradient_checkpointing=True, optimizer="adafactor", reward_device="cpu")
 
 
 def stop(message: str):
@@ -114,13 +152,15 @@ def core_token_mask(prompt, spans, clip_tokenizer, t5_tokenizer, max_sequence_le
     core when its characters, by the tokenizer's own offset mapping, overlap one of the `spans`. A core word that is cut
     off by truncation simply has no tokens.
 
-    Args: prompt; spans, list of (start, end) characters; the two fast tokenizers; max_sequence_length, T5's tokens.
+    Args: prompt; spans, list of (start, end) characters; the two fast tokenizers, T5's None where the model runs without
+        T5 (the places of its tokens then hold zeros); max_sequence_length, T5's tokens.
     Returns: bool [clip_tokenizer.model_max_length + max_sequence_length].
     """
     masks = []
     for tokenizer, length in [(clip_tokenizer, clip_tokenizer.model_max_length), (t5_tokenizer, max_sequence_length)]:
-        offsets = tokenizer(prompt, padding="max_length", max_length=length, truncation=True,
-                            return_offsets_mapping=True)["offset_mapping"]
+        offsets = [(0, 0)] * length
+        if tokenizer is not None:
+            offsets = tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_offsets_mapping=True)["offset_mapping"]
         masks += [any(start < b and a < end for a, b in spans) for start, end in offsets]
     return torch.tensor(masks)
 
@@ -189,7 +229,7 @@ class AttentionAllocator:
         key = torch.cat([heads(attention.to_k(image), attention.norm_k),
                          heads(attention.add_k_proj(text), attention.norm_added_k)], dim=2)
         indicator = F.pad(self.core_tokens, (image.shape[1], 0)).to(key)              # [B, keys]: image keys are not core
-        indicator = indicator[:, None, :, None].expand_as(key)                        # the kernel wants values of key's shape
+        indicator = indicator[:, None, :, None].expand_as(key).contiguous()           # the fast kernels want values shaped like keys
         return F.scaled_dot_product_attention(query, key, indicator)[..., 0].float().mean(1)
 
     def map(self):
@@ -291,6 +331,7 @@ def rollout(transformer, latents, prompt, empty_prompt, sigmas, stochastic_steps
     Returns: a Rollout.
     """
     states, log_probs, maps = [latents], [], []
+    noises = {step: torch.randn(latents.shape, generator=generator).to(latents.device) for step in sorted(stochastic_steps)}   # a copy within the loop would wait for the GPU
     height, width = (side // transformer.config.patch_size for side in latents.shape[-2:])
     for step, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:])):
         watch = step in map_steps
@@ -299,14 +340,22 @@ def rollout(transformer, latents, prompt, empty_prompt, sigmas, stochastic_steps
         if watch:
             maps.append(allocator.map().unflatten(-1, (height, width)))
         if step in stochastic_steps:
-            noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-            latents, mean, std = sde_step(latents, velocity, sigma, sigma_next, sigmas[1], noise_level, noise)
+            latents, mean, std = sde_step(latents, velocity, sigma, sigma_next, sigmas[1], noise_level, noises[step])
             log_probs.append(position_log_prob(latents, mean, std))
         else:
             latents, _, _ = sde_step(latents, velocity, sigma, sigma_next, sigmas[1], 0.0, 0.0)
         states.append(latents)
     stack = lambda tensors: torch.stack(tensors, dim=1) if tensors else None
     return Rollout(stack(states), stack(log_probs), stack(maps))
+
+
+def transition(transformer, painted, step, prompt, empty_prompt, sigmas, noise_level, guidance_scale):
+    """The Gaussian that `transformer` gives to one step of a rollout: (mean [B, C, H, W], std). With the weights, batch and
+    dtypes of the rollout it is the rollout's own, so that the first ratio is 1."""
+    latents = painted.latents[:, step]
+    velocity = predict_velocity(transformer, latents, sigmas[step], prompt, guidance_scale, empty_prompt)
+    _, mean, std = sde_step(latents, velocity, sigmas[step], sigmas[step + 1], sigmas[1], noise_level, 0.0)
+    return mean, std
 
 
 # ------------------------------------------------------------------------------------------------------ group_advantages
@@ -354,11 +403,31 @@ def kl_to_start(mean, start_mean, std):
 
 # -------------------------------------------------------------------------------------------------------------- pictures
 
+@contextmanager
+def visiting(device, *modules):
+    """Within, the modules are on `device`; afterwards they wait on the CPU, where they take no room from the training."""
+    for module in modules:
+        module.to(device)
+    yield
+    for module in modules:
+        module.to("cpu")
+
+
+@torch.no_grad()
 def encode(pipeline, prompts, max_sequence_length):
-    """Prompts to (context [B, L, D], pooled [B, P]) by the pipeline's own text encoders."""
-    context, _, pooled, _ = pipeline.encode_prompt(prompts, prompts, prompts, do_classifier_free_guidance=False,
-                                                   max_sequence_length=max_sequence_length)
+    """Prompts to (context [B, L, D], pooled [B, P]) on the transformer's device, by the pipeline's own text encoders."""
+    device = pipeline.transformer.device
+    encoders = [encoder for encoder in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3) if encoder is not None]
+    with visiting(device, *encoders):
+        context, _, pooled, _ = pipeline.encode_prompt(prompts, prompts, prompts, device=device, do_classifier_free_guidance=False,
+                                                       max_sequence_length=max_sequence_length)
     return context, pooled
+
+
+def schedule(pipeline, steps):
+    """The scheduler's noise levels for this number of steps: steps + 1 floats from 1 down to 0."""
+    pipeline.scheduler.set_timesteps(steps)
+    return pipeline.scheduler.sigmas.tolist()
 
 
 @torch.no_grad()
@@ -369,23 +438,23 @@ def decode(vae, latents):
     return [Image.fromarray(picture) for picture in pixels]
 
 
-def evaluate(pipeline, task, prompts, sigmas, shape, args):
+def evaluate(pipeline, task, prompts, encoded, empty_prompt, shape, args):
     """One picture per prompt by the plain flow, from noise that is the same each time. Returns (rewards [B], pictures)."""
     generator = torch.Generator().manual_seed(args.seed)
     latents = torch.randn(len(prompts), *shape, generator=generator).to(pipeline.transformer.device)
-    empty = encode(pipeline, [""], args.max_sequence_length)
+    sigmas = schedule(pipeline, args.evaluation_steps)
     pictures = []
     for start in range(0, len(prompts), args.batch_size):
         part = slice(start, start + args.batch_size)
-        painted = rollout(pipeline.transformer, latents[part], encode(pipeline, prompts[part], args.max_sequence_length), empty,
-                          sigmas, (), generator, guidance_scale=args.guidance_scale)
+        painted = rollout(pipeline.transformer, latents[part], tuple(each[part] for each in encoded), empty_prompt, sigmas, (), generator,
+                          guidance_scale=args.guidance_scale)
         pictures += decode(pipeline.vae, painted.latents[:, -1])
     return task.reward(pictures, prompts), pictures
 
 
 def mean_and_error(name, values):
-    """The mean of `values` [N] and its standard error, as two entries of a line of metrics."""
-    return {name: values.mean().item(), name + "_standard_error": values.std().item() / len(values) ** 0.5}
+    """The mean of `values` [N] and its standard error (None for a single value), as two entries of a line of metrics."""
+    return {name: values.mean().item(), name + "_standard_error": values.std().item() / len(values) ** 0.5 if len(values) > 1 else None}
 
 
 def draw_table(rows, path, side=144):
@@ -460,13 +529,14 @@ def draw_curve(runs, path):
 
 # ----------------------------------------------------------------------------------------------------------- checkpoints
 
-def save_checkpoint(folder, pipeline, optimizer, average, iteration):
-    """Write folder/checkpoint: the pipeline in diffusers' format, and `training.safetensors` to continue from.
+def save_checkpoint(folder, pipeline, optimizer, average, iteration, keep):
+    """Write folder/checkpoint-<iteration>: the pipeline in diffusers' format, and `training.safetensors` to continue from.
 
-    It is written to the side and then moved into place; a kill at any moment leaves `checkpoint` or, between the two
-    moves, `checkpoint.previous`. With an average of the weights (`average`, name -> tensor) the pipeline holds that.
+    It is written to the side and moved into place when complete, and only then are old ones removed: a kill or a full disk
+    at any moment leaves the previous checkpoint. Of the pipeline only the transformer changes; the other parts are hard
+    links to those of the checkpoint before. With an average of the weights (name -> tensor) the pipeline holds that.
     """
-    partial, current, previous = (folder / name for name in ("checkpoint.partial", "checkpoint", "checkpoint.previous"))
+    partial, before = folder / "checkpoint.partial", last_checkpoint(folder)
     shutil.rmtree(partial, ignore_errors=True)
     state = {}
     for name, parameter in pipeline.transformer.named_parameters():
@@ -475,29 +545,38 @@ def save_checkpoint(folder, pipeline, optimizer, average, iteration):
         if average:
             state[f"weight/{name}"] = parameter.detach().clone()
     with averaged(pipeline.transformer, average):
-        pipeline.save_pretrained(partial)
+        if before is None:
+            pipeline.save_pretrained(partial)
+        else:
+            shutil.copytree(before, partial, copy_function=os.link, ignore=shutil.ignore_patterns("transformer", "training.safetensors", "iteration.json"))
+            pipeline.transformer.save_pretrained(partial / "transformer")
     save_file(state, partial / "training.safetensors", metadata={"format": "pt"})
     (partial / "iteration.json").write_text(json.dumps({"iteration": iteration}))
-    if current.exists():
-        shutil.rmtree(previous, ignore_errors=True)
-        current.rename(previous)
-    partial.rename(current)
-    shutil.rmtree(previous, ignore_errors=True)
+    partial.rename(folder / f"checkpoint-{iteration}")
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+
+
+def checkpoints(folder):
+    """The complete checkpoints of a run, the newest last."""
+    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
 
 
 def last_checkpoint(folder):
-    """The newest complete checkpoint of a run, or None."""
-    return next((folder / name for name in ("checkpoint", "checkpoint.previous") if (folder / name).exists()), None)
+    return next(reversed(checkpoints(folder)), None)
 
 
 def load_training_state(checkpoint, transformer, optimizer, average):
     """Put the optimizer back (and the weights themselves, where the pipeline holds their average)."""
-    state = load_file(checkpoint / "training.safetensors")
-    for name, parameter in transformer.named_parameters():
-        optimizer.state[parameter] = {key.split("/", 1)[0]: value if key.startswith("step/") else value.to(parameter.device)
-                                      for key, value in state.items() if key.endswith("/" + name) and not key.startswith("weight/")}
+    stored, state = load_file(checkpoint / "training.safetensors"), optimizer.state_dict()
+    for index, (name, parameter) in enumerate(transformer.named_parameters()):
+        state["state"][index] = {key: stored[f"{key}/{name}"] for key in OPTIMIZER_STATE if f"{key}/{name}" in stored}
         if average:
-            parameter.data.copy_(state[f"weight/{name}"])
+            parameter.data.copy_(stored[f"weight/{name}"])
+    optimizer.load_state_dict(state)
+
+
+OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq", "row_var", "col_var", "variance")     # of AdamW and of Adafactor
 
 
 @contextmanager
@@ -505,27 +584,72 @@ def averaged(transformer, average):
     """Within `with averaged(transformer, average)`, the transformer holds the averaged weights (if there are any)."""
     def swap():
         for name, parameter in transformer.named_parameters() if average else ():
-            parameter.data, average[name] = average[name], parameter.data
+            parameter.data, average[name] = average[name].to(parameter.device), parameter.data.to(average[name].device)
     swap()
     yield
     swap()
 
 
+def write_whole(path, text):
+    """Replace a file's text in one move: whoever reads it, also after a kill, finds the old text or the new."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def read_metrics(folder):
+    """The lines of metrics.jsonl; one that a full disk cut short is no line."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def metrics_line(values):
+    """One line of metrics.jsonl; JSON knows no NaN, so what is not finite is null."""
+    return json.dumps({key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}) + "\n"
+
+
 # ------------------------------------------------------------------------------------------------------------------ main
 
 def parse_arguments(argv=None):
+    """The run's Arguments, the folders given to --plot, and the repeats asked for with --benchmark."""
     parser = argparse.ArgumentParser(usage="python star.py --task ocr [--option value ...]", description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    kinds = {item.name: item.type for item in fields(Arguments)}
     for item in fields(Arguments):
-        flag, help, choices = "--" + item.name.replace("_", "-"), item.metadata["help"], item.metadata["choices"]
-        if kinds[item.name] is bool:
-            parser.add_argument(flag, default=item.default, action=argparse.BooleanOptionalAction, help=help)
+        if item.name in SECTIONS:
+            group = parser.add_argument_group(SECTIONS[item.name])
+        flag, metadata = "--" + item.name.replace("_", "-"), item.metadata
+        if item.type is bool:
+            group.add_argument(flag, default=item.default, action=argparse.BooleanOptionalAction, help=metadata["help"])
         else:
-            parser.add_argument(flag, default=item.default, type=kinds[item.name], choices=choices, help=help)
-    parser.add_argument("--plot", nargs="+", metavar="RUN", help="draw the curves of these runs' folders into one curve.png and end")
+            group.add_argument(flag, default=item.default, type=item.type, choices=metadata["choices"], help=metadata["help"])
+    others = parser.add_argument_group("instead of a run")
+    others.add_argument("--plot", nargs="+", metavar="RUN", help="draw the curves of these runs' folders into one curve.png and end")
+    others.add_argument("--benchmark", nargs="?", type=int, const=5, metavar="REPEATS", help="time iterations of uniform and of spatial in turn, REPEATS of each")
+    given = parser.parse_args(argv)
+    if not given.plot:
+        if read_model(given.model)[0]["sample_size"] >= 64:
+            parser.set_defaults(**FULL_SIZE, **FULL_SIZE_TASK[given.task])
+        if given.low_memory:
+            parser.set_defaults(**LOW_MEMORY)
     values = vars(parser.parse_args(argv))
-    return values.pop("plot"), Arguments(**values)
+    plot, benchmark = values.pop("plot"), values.pop("benchmark")
+    return Arguments(**values), plot, benchmark
+
+
+def beside(name):
+    """A file or folder, also one beside this file from anywhere else; or else the name of a hub model."""
+    return name if Path(name).exists() or not (HERE / name).exists() else str(HERE / name)
+
+
+def read_model(name):
+    """The configurations of a pipeline's transformer and VAE; ends the program if it is not one of Stable Diffusion 3."""
+    try:
+        kind = StableDiffusion3Pipeline.load_config(beside(name)).get("_class_name")
+        if kind == "StableDiffusion3Pipeline":
+            return SD3Transformer2DModel.load_config(beside(name), subfolder="transformer"), AutoencoderKL.load_config(beside(name), subfolder="vae")
+    except Exception as error:      # the hub's client raises many kinds
+        stop(f"model {name} is neither a whole pipeline's folder nor a hub model that can be reached ({type(error).__name__}). A gated"
+             " model needs `hf auth login` and its licence accepted on its page; the miniature, --model tiny/sd3, needs neither.")
+    stop(f"model {name} is a {kind}; only pipelines of the Stable Diffusion 3 family (StableDiffusion3Pipeline) can be trained here.")
 
 
 def check(args):
@@ -547,27 +671,19 @@ def check(args):
         stop(f"--lam is {args.lam}; it runs from 0 (no allocation) to 1 (all of it).")
     if args.noise_level <= 0:
         stop(f"--noise-level is {args.noise_level}; without noise there are no probabilities to train: use a number above 0, such as 0.7.")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        stop("--device cuda was asked for, but PyTorch finds no CUDA device here; use --device cpu.")
+    for flag in ("device", "reward_device"):
+        if getattr(args, flag) == "cuda" and not torch.cuda.is_available():
+            stop(f"--{flag.replace('_', '-')} cuda was asked for, but PyTorch finds no CUDA device here; use cpu.")
     if args.map_blocks and not all(block.isdigit() for block in args.map_blocks.split(",")):
         stop(f"--map-blocks {args.map_blocks} is not a list of block numbers, such as 2,3.")
-    try:
-        kind = StableDiffusion3Pipeline.load_config(find_model(args.model)).get("_class_name")
-        if kind == "StableDiffusion3Pipeline":
-            config = SD3Transformer2DModel.load_config(find_model(args.model), subfolder="transformer")
-            vae_config = AutoencoderKL.load_config(find_model(args.model), subfolder="vae")
-    except Exception as error:      # the hub's client raises many kinds
-        stop(f"model {args.model} is neither a whole pipeline's folder nor a hub model that can be reached ({type(error).__name__}). A gated"
-             " model needs `hf auth login` and its licence accepted on its page; the miniature, --model tiny/sd3, needs neither.")
-    if kind != "StableDiffusion3Pipeline":
-        stop(f"model {args.model} is a {kind}; only pipelines of the Stable Diffusion 3 family (StableDiffusion3Pipeline) can be trained here.")
+    config, vae_config = read_model(args.model)
     count, multiple = config["num_layers"], config["patch_size"] * vae_factor(vae_config)
     if args.map_blocks and max(map(int, args.map_blocks.split(","))) >= count:
         stop(f"--map-blocks {args.map_blocks} names a block that the model has not: its blocks are 0 to {count - 1}.")
     if args.height and args.height % multiple:
         stop(f"--height is {args.height}; pictures of this model have sides that are multiples of {multiple} pixels.")
     try:
-        task = TASKS[args.task](args.prompts, args.heldout_prompts, args.reward_model)
+        task = TASKS[args.task](beside(args.prompts), beside(args.heldout_prompts), beside(args.reward_model))
     except ValueError as error:
         stop(str(error))
     try:
@@ -577,11 +693,6 @@ def check(args):
     if len(task.prompts) < args.prompts_per_iteration:
         stop(f"there are {len(task.prompts)} training prompts, fewer than --prompts-per-iteration {args.prompts_per_iteration}.")
     return task
-
-
-def find_model(name):
-    """A folder, also one beside this file from anywhere else, or else the name of a hub model."""
-    return name if Path(name).is_dir() or not (HERE / name).is_dir() else str(HERE / name)
 
 
 def vae_factor(config):
@@ -599,9 +710,9 @@ def stochastic_range(args):
 
 def open_run(args, folder):
     """Make the run's folder, or find what is to be continued there. Returns the checkpoint to resume from, or None."""
-    settings = {key: value for key, value in asdict(args).items() if key not in ("resume", "out", "iterations", "device")}
+    free = ("resume", "out", "iterations", "device", "keep")
+    settings = {key: value for key, value in asdict(args).items() if key not in free}
     config = folder / "config.json"
-    checkpoint = last_checkpoint(folder)
     if config.exists() and not args.resume:
         stop(f"{folder} holds a run already; add --resume to continue it, or choose another --out.")
     if config.exists():
@@ -610,193 +721,277 @@ def open_run(args, folder):
             if before.get(key) != value:
                 stop(f"{folder} was run with {key} = {before.get(key)}, not {value}; use the same arguments to resume it.")
     folder.mkdir(parents=True, exist_ok=True)
-    config.write_text(json.dumps(settings, indent=1))
-    return checkpoint
+    write_whole(config, json.dumps(settings, indent=1))
+    return last_checkpoint(folder)
+
+
+@dataclass
+class Run:
+    """What is loaded once and used in every iteration."""
+    args: Arguments
+    task: object
+    device: torch.device
+    pipeline: StableDiffusion3Pipeline
+    optimizer: torch.optim.Optimizer
+    start_transformer: SD3Transformer2DModel     # frozen, bfloat16 on a GPU; None without a KL weight
+    average: dict                                # name -> averaged weight; empty without EMA
+    empty_prompt: tuple                          # the encoded empty prompt
+    blocks: list                                 # whose attention makes the map
+    shape: tuple                                 # (C, H, W) of the latents
+    bfloat16: bool                               # of the forward passes
+
+    def autocast(self, cached=True):
+        """The precision of the forward passes. Rollouts keep the bfloat16 copies of the weights from step to step (cached)."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16, cache_enabled=cached)
+
+
+def load(args, task, checkpoint):
+    """The pipeline, of which only the transformer is trained (float32 weights) and stays on the device with the VAE, and what goes with it."""
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+    bfloat16 = args.precision == "bfloat16" or (args.precision == "auto" and device.type == "cuda")
+    frozen = torch.bfloat16 if bfloat16 else torch.float32
+    without = {} if args.t5 else {"text_encoder_3": None, "tokenizer_3": None}
+    pipeline = StableDiffusion3Pipeline.from_pretrained(
+        checkpoint or beside(args.model), dtype={"transformer": torch.float32, "vae": torch.float32, "default": frozen}, **without)
+    transformer = pipeline.transformer.to(device)
+    pipeline.vae.to(device).requires_grad_(False)
+    pipeline.vae.enable_slicing()                    # decode one picture at a time: at 512 pixels each takes gigabytes
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    if args.compile:
+        torch._dynamo.config.recompile_limit = 64    # each kind of block, with and without gradient and map, at each batch size
+        for block in transformer.transformer_blocks:
+            block.compile()
+    start_transformer = None
+    if args.kl_weight > 0:
+        start_transformer = SD3Transformer2DModel.from_pretrained(beside(args.model), subfolder="transformer", dtype=frozen).requires_grad_(False)
+    task.load(device if args.reward_device == "auto" else torch.device(args.reward_device))
+    if args.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(transformer.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=device.type == "cuda")
+    else:       # eps[1] = 1: a step is as long as the learning rate says, not in proportion to the weights
+        optimizer = torch.optim.Adafactor(transformer.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, eps=(None, 1.0))
+    average = {name: p.detach().to("cpu", copy=True) for name, p in transformer.named_parameters()} if args.ema_decay else {}
+    if checkpoint:
+        load_training_state(checkpoint, transformer, optimizer, average)
+    blocks = [int(block) for block in args.map_blocks.split(",")] if args.map_blocks else default_map_blocks(transformer.config.num_layers)
+    side = args.height // vae_factor(pipeline.vae.config) if args.height else transformer.config.sample_size
+    empty_prompt = encode(pipeline, [""], args.max_sequence_length)
+    return Run(args, task, device, pipeline, optimizer, start_transformer, average, empty_prompt, blocks,
+               (transformer.config.in_channels, side, side), bfloat16)
+
+
+class Stopwatch:
+    """Seconds and peak memory (GiB on a GPU) of one phase after the other."""
+
+    def __init__(self, device):
+        self.cuda, self.seconds, self.memory = device.type == "cuda", {}, {}
+        self.start()
+
+    def start(self):
+        if self.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        self.since = time.perf_counter()
+
+    def lap(self, phase):
+        if self.cuda:
+            torch.cuda.synchronize()
+            self.memory[phase] = torch.cuda.max_memory_allocated() / 2**30
+        self.seconds[phase] = round(time.perf_counter() - self.since, 4)
+        self.start()
+
+
+def iterate(run, iteration, allocation):
+    """One iteration: sample, judge, update. Returns its line of metrics."""
+    args, transformer, images = run.args, run.pipeline.transformer, run.args.prompts_per_iteration * run.args.group_size
+    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + iteration)     # so that a resumed run is the same
+    sigmas = schedule(run.pipeline, args.steps)
+    watch = Stopwatch(run.device)
+
+    # 1. Choose K prompts and the steps that are stochastic this time.
+    prompts = [run.task.prompts[i] for i in torch.randperm(len(run.task.prompts), generator=generator)[:args.prompts_per_iteration]]
+    first_step, last_step = stochastic_range(args)
+    if args.stochastic_choice == "window":
+        start = torch.randint(first_step, last_step - args.stochastic_steps + 2, (1,), generator=generator).item()
+        trained = list(range(start, start + args.stochastic_steps))
+    else:
+        trained = sorted((first_step + torch.randperm(last_step - first_step + 1, generator=generator)[:args.stochastic_steps]).tolist())
+    context, pooled = encode(run.pipeline, prompts, args.max_sequence_length)
+    core = core_tokens_of(run.pipeline, run.task, prompts, args.max_sequence_length).to(run.device)
+    watch.lap("encode")
+
+    # 2. Paint a group of pictures for each; keep the trajectories.
+    group = torch.arange(args.prompts_per_iteration).repeat_interleave(args.group_size)       # which prompt a picture is of
+    noise = torch.randn(args.prompts_per_iteration if args.same_noise else images, *run.shape, generator=generator).to(run.device)
+    noise = noise[group] if args.same_noise else noise
+    batches = [slice(i, i + args.batch_size) for i in range(0, images, args.batch_size)]
+    given = [(context[group[part]], pooled[group[part]]) for part in batches]
+    with run.autocast():
+        rollouts = [rollout(transformer, noise[part], prompt, run.empty_prompt, sigmas, trained, generator, args.noise_level, args.guidance_scale,
+                            core[group[part]], map_steps=() if allocation == "uniform" else trained, map_blocks=run.blocks)
+                    for part, prompt in zip(batches, given)]
+    watch.lap("rollout")
+
+    # 3. Judge them, and compare each with its group.
+    pictures = [picture for painted in rollouts for picture in decode(run.pipeline.vae, painted.latents[:, -1])]
+    watch.lap("decode")
+    rewards = run.task.reward(pictures, [prompts[k] for k in group])
+    grouped = rewards.view(args.prompts_per_iteration, args.group_size)
+    advantages = group_advantages(grouped, args.global_std, args.advantage_clip).flatten().to(run.device)
+    watch.lap("reward")
+
+    # 4. Raise the probability of what was better than its siblings, most where the core words are.
+    if run.start_transformer is not None:            # what the starting weights would have done, needed for the KL
+        with visiting(run.device, run.start_transformer), torch.no_grad(), run.autocast():
+            start_means = [[transition(run.start_transformer, painted, step, prompt, run.empty_prompt, sigmas, args.noise_level, args.guidance_scale)[0]
+                            for step in trained] for painted, prompt in zip(rollouts, given)]
+    ratios, clips, kls, norms, peaks, skipped = [], [], [], [], [], 0
+    per_update = len(batches) // args.updates_per_iteration
+    for update in range(args.updates_per_iteration):
+        for index in range(update * per_update, (update + 1) * per_update):
+            painted = rollouts[index]
+            weights = torch.ones_like(painted.log_prob)
+            if allocation != "uniform":
+                weights = allocation_weights(painted.maps, run.shape[1:], allocation, args.lam)
+            peaks.append(weights.amax((-2, -1)).mean())
+            for j, step in enumerate(trained):
+                with run.autocast(cached=False):
+                    mean, std = transition(transformer, painted, step, given[index], run.empty_prompt, sigmas, args.noise_level, args.guidance_scale)
+                log_prob = position_log_prob(painted.latents[:, step + 1], mean, std)[:, None]
+                loss, ratio, clipped = star_loss(log_prob, painted.log_prob[:, j:j + 1], advantages[batches[index]], weights[:, j:j + 1], args.clip_range)
+                if run.start_transformer is not None:
+                    kl = kl_to_start(mean, start_means[index][j], std).mean()
+                    loss = loss + args.kl_weight * kl
+                    kls.append(kl.detach())
+                (loss / (per_update * len(trained))).backward()
+                ratios.append(ratio.mean())
+                clips.append(clipped.float().mean())
+        norm = torch.nn.utils.clip_grad_norm_(transformer.parameters(), args.max_gradient_norm)
+        if torch.isfinite(norm):
+            run.optimizer.step()
+        else:
+            skipped += 1
+        run.optimizer.zero_grad()
+        norms.append(norm)
+        for name, parameter in transformer.named_parameters() if run.average else ():
+            run.average[name].lerp_(parameter.detach().to("cpu"), 1 - args.ema_decay)
+    watch.lap("update")
+
+    return {
+        "iteration": iteration, "images": iteration * images, "reward_mean": rewards.mean().item(), "reward_std": rewards.std().item(),
+        "groups_without_spread": (grouped.amax(1) == grouped.amin(1)).float().mean().item(), "ratio_mean": torch.stack(ratios).mean().item(),
+        "clip_fraction": torch.stack(clips).mean().item(), "kl": torch.stack(kls).mean().item() if kls else 0.0,
+        "gradient_norm": torch.stack(norms).mean().item(), "weight_peak": torch.stack(peaks).mean().item(), "skipped_updates": skipped,
+        "seconds": watch.seconds, **({"peak_gib": watch.memory} if watch.memory else {}),
+    }
+
+
+@contextmanager
+def patient_interrupt():
+    """Within, the first Ctrl-C only makes the yielded list true, so that an iteration can be finished and saved; a second one ends at once."""
+    asked = []
+
+    def handler(*_):
+        asked.append(True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print("\nwill save and end after this iteration; Ctrl-C again to end at once", file=sys.stderr)
+
+    before = signal.signal(signal.SIGINT, handler)
+    yield asked
+    signal.signal(signal.SIGINT, before)
 
 
 def main(argv=None):
-    runs, args = parse_arguments(argv)
+    args, runs, repeats = parse_arguments(argv)
     if runs:
-        for run in runs:
-            if not (Path(run) / "metrics.jsonl").is_file():
-                stop(f"--plot {run}: there is no metrics.jsonl in that folder.")
-        draw_curve([(Path(run).name, read_metrics(Path(run))) for run in runs], Path(args.out or ".") / "curve.png")
+        for name in runs:
+            if not (Path(name) / "metrics.jsonl").is_file():
+                stop(f"--plot {name}: there is no metrics.jsonl in that folder.")
+        draw_curve([(Path(name).name, read_metrics(Path(name))) for name in runs], Path(args.out or ".") / "curve.png")
         return print("wrote", Path(args.out or ".") / "curve.png")
     task = check(args)
+    if repeats:
+        return benchmark(load(args, task, None), repeats)
     folder = Path(args.out or f"runs/{args.task}-{args.allocation}-{args.seed}")
     checkpoint = open_run(args, folder)
-
-    # Load: the pipeline in float32, of which only the transformer is trained, and the model that judges.
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
-    pipeline = StableDiffusion3Pipeline.from_pretrained(checkpoint or find_model(args.model)).to(device)
-    transformer, vae = pipeline.transformer, pipeline.vae
-    for part in (vae, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
-        part.requires_grad_(False)
-    if args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    start_transformer = None
-    if args.kl_weight > 0:
-        start_transformer = type(transformer).from_pretrained(find_model(args.model), subfolder="transformer").to(device).requires_grad_(False)
-    task.load(device)
-    bfloat16 = args.precision == "bfloat16" or (args.precision == "auto" and device.type == "cuda")
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
-    parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=args.weight_decay)
-    average = {name: p.detach().clone() for name, p in transformer.named_parameters()} if args.ema_decay else {}
-    blocks = [int(block) for block in args.map_blocks.split(",")] if args.map_blocks else default_map_blocks(transformer.config.num_layers)
-
-    pipeline.scheduler.set_timesteps(args.steps)
-    sigmas = pipeline.scheduler.sigmas.tolist()
-    side = args.height // vae_factor(vae.config) if args.height else transformer.config.sample_size
-    shape = (transformer.config.in_channels, side, side)
-    empty = encode(pipeline, [""], args.max_sequence_length)
+    run = load(args, task, checkpoint)
+    pipeline, transformer, average = run.pipeline, run.pipeline.transformer, run.average
+    size = sum(parameter.numel() for parameter in transformer.parameters())
     images = args.prompts_per_iteration * args.group_size
-    heldout = task.heldout_prompts[:args.evaluation_prompts]
-    shown = heldout[:8]
-    size = sum(parameter.numel() for parameter in parameters)
-    print(f"{args.model} ({size / 1e6:.1f}M parameters, {16 * size / 2**30:.2f} GiB with gradients and AdamW's state), task {args.task},"
-          f" {args.allocation}, on {device}: {args.iterations} iterations of {args.prompts_per_iteration} prompts x {args.group_size}"
-          f" pictures = {args.iterations * images} pictures")
+    print(f"{args.model} ({size / 1e6:.1f}M parameters, {size * (16 if args.optimizer == 'adamw' else 8) / 2**30:.2f} GiB with gradients and the"
+          f" optimizer's state), task {args.task}, {args.allocation}, on {run.device}: {args.iterations} iterations of"
+          f" {args.prompts_per_iteration} prompts x {args.group_size} pictures = {args.iterations * images} pictures")
 
     # Before: how good is the model as it is? The first evaluation is line 0 of the metrics.
+    heldout = task.heldout_prompts[:args.evaluation_prompts]
+    encoded = encode(pipeline, heldout, args.max_sequence_length)
+    shown = heldout[:8]
     metrics = folder / "metrics.jsonl"
     first = 0
     if checkpoint:
         first = json.loads((checkpoint / "iteration.json").read_text())["iteration"]
-        load_training_state(checkpoint, transformer, optimizer, average)
-        lines = [line for line in read_metrics(folder) if line["iteration"] <= first]     # later ones will come again
-        metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_whole(metrics, "".join(map(metrics_line, (line for line in read_metrics(folder) if line["iteration"] <= first))))     # later ones will come again
         print(f"resumed after iteration {first}")
     else:
-        with autocast:
-            rewards, pictures = evaluate(pipeline, task, heldout, sigmas, shape, args)
-        metrics.write_text(json.dumps({"iteration": 0, "images": 0, **mean_and_error("heldout_reward", rewards)}) + "\n")
+        with run.autocast():
+            rewards, pictures = evaluate(pipeline, task, heldout, encoded, run.empty_prompt, run.shape, args)
         before = Image.new("RGB", (pictures[0].width * len(shown), pictures[0].height))
         for column, picture in enumerate(pictures[:len(shown)]):
             before.paste(picture, (column * picture.width, 0))
         before.save(folder / "before.png")
+        write_whole(metrics, metrics_line({"iteration": 0, "images": 0, **mean_and_error("heldout_reward", rewards)}))
 
     non_finite = 0
-    bar = tqdm(range(first + 1, args.iterations + 1), initial=first, total=args.iterations, desc=args.task)
-    for iteration in bar:
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + iteration)     # so that a resumed run is the same
-        clock = [time.perf_counter()]
-
-        # 1. Paint a group of pictures for each of K prompts; keep the trajectories.
-        prompts = [task.prompts[i] for i in torch.randperm(len(task.prompts), generator=generator)[:args.prompts_per_iteration]]
-        first_step, last_step = stochastic_range(args)
-        if args.stochastic_choice == "window":
-            start = torch.randint(first_step, last_step - args.stochastic_steps + 2, (1,), generator=generator).item()
-            trained = list(range(start, start + args.stochastic_steps))
-        else:
-            trained = sorted((first_step + torch.randperm(last_step - first_step + 1, generator=generator)[:args.stochastic_steps]).tolist())
-        core = core_tokens_of(pipeline, task, prompts, args.max_sequence_length).to(device)
-        group = torch.arange(args.prompts_per_iteration).repeat_interleave(args.group_size)       # which prompt a picture is of
-        noise = torch.randn(args.prompts_per_iteration if args.same_noise else images, *shape, generator=generator).to(device)
-        noise = noise[group] if args.same_noise else noise
-        context, pooled = encode(pipeline, prompts, args.max_sequence_length)
-        batches = [slice(i, i + args.batch_size) for i in range(0, images, args.batch_size)]
-        rollouts = []
-        for part in batches:
-            with autocast:
-                rollouts.append(rollout(
-                    transformer, noise[part], (context[group[part]], pooled[group[part]]), empty, sigmas, trained, generator,
-                    args.noise_level, args.guidance_scale, core[group[part]],
-                    map_steps=() if args.allocation == "uniform" else trained, map_blocks=blocks))
-        clock.append(time.perf_counter())
-
-        # 2. Judge them, and compare each with its group.
-        pictures = [picture for painted in rollouts for picture in decode(vae, painted.latents[:, -1])]
-        rewards = task.reward(pictures, [prompts[k] for k in group])
-        grouped = rewards.view(args.prompts_per_iteration, args.group_size)
-        advantages = group_advantages(grouped, args.global_std, args.advantage_clip).flatten().to(device)
-        clock.append(time.perf_counter())
-
-        # 3. Raise the probability of what was better than its siblings, most where the core words are.
-        ratios, clips, kls, norms, skipped, peaks = [], [], [], [], 0, []
-        per_update = len(batches) // args.updates_per_iteration
-        for update in range(args.updates_per_iteration):
-            for index in range(update * per_update, (update + 1) * per_update):
-                part, painted = batches[index], rollouts[index]
-                if args.allocation == "uniform":
-                    weights = torch.ones_like(painted.log_prob)
-                else:
-                    weights = allocation_weights(painted.maps, shape[1:], args.allocation, args.lam)
-                peaks.append(weights.amax((-2, -1)).mean())
-                for j, step in enumerate(trained):
-                    here, there = painted.latents[:, step], painted.latents[:, step + 1]
-                    prompt = context[group[part]], pooled[group[part]]
-                    step_arguments = sigmas[step], sigmas[step + 1], sigmas[1], args.noise_level, 0.0
-                    with autocast:
-                        velocity = predict_velocity(transformer, here, sigmas[step], prompt, args.guidance_scale, empty)
-                    _, mean, std = sde_step(here, velocity, *step_arguments)
-                    log_prob = position_log_prob(there, mean, std)[:, None]
-                    loss, ratio, clipped = star_loss(log_prob, painted.log_prob[:, j:j + 1], advantages[part], weights[:, j:j + 1], args.clip_range)
-                    if start_transformer:
-                        with torch.no_grad(), autocast:
-                            velocity = predict_velocity(start_transformer, here, sigmas[step], prompt, args.guidance_scale, empty)
-                        kl = kl_to_start(mean, sde_step(here, velocity, *step_arguments)[1], std).mean()
-                        loss = loss + args.kl_weight * kl
-                        kls.append(kl.detach())
-                    (loss / (per_update * len(trained))).backward()
-                    ratios.append(ratio.mean())
-                    clips.append(clipped.float().mean())
-            norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_gradient_norm)
-            if torch.isfinite(norm):
-                optimizer.step()
-                non_finite = 0
-            else:
-                skipped, non_finite = skipped + 1, non_finite + 1
-            optimizer.zero_grad()
-            norms.append(norm)
-            for name, parameter in transformer.named_parameters() if average else ():
-                average[name].lerp_(parameter.detach(), 1 - args.ema_decay)
-        clock.append(time.perf_counter())
-
-        # 4. Say how it went.
-        line = {
-            "iteration": iteration, "images": iteration * images, "reward_mean": rewards.mean().item(), "reward_std": rewards.std().item(),
-            "groups_without_spread": (grouped.amax(1) == grouped.amin(1)).float().mean().item(), "ratio_mean": torch.stack(ratios).mean().item(),
-            "clip_fraction": torch.stack(clips).mean().item(), "kl": torch.stack(kls).mean().item() if kls else 0.0,
-            "gradient_norm": torch.stack(norms).mean().item(), "weight_peak": torch.stack(peaks).mean().item(), "skipped_updates": skipped,
-            "seconds": dict(zip(("rollout", "reward", "update"), (round(b - a, 3) for a, b in zip(clock, clock[1:])))),
-        }
-        if iteration % args.evaluate_every == 0 or iteration == args.iterations:
-            with autocast, averaged(transformer, average):
-                rewards, pictures = evaluate(pipeline, task, heldout, sigmas, shape, args)
-            line |= mean_and_error("heldout_reward", rewards)
-        with metrics.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        bar.set_postfix(reward=f"{line['reward_mean']:.3f}", **({"heldout": f"{line['heldout_reward']:.3f}"} if "heldout_reward" in line else {}))
-        if non_finite >= 5:
-            stop(f"five updates in a row had a gradient that is not finite; the last good checkpoint is {last_checkpoint(folder)}."
-                 " Lower --learning-rate, or use --precision float32.")
-        if non_finite == 0 and (iteration % args.save_every == 0 or iteration == args.iterations):
-            save_checkpoint(folder, pipeline, optimizer, average, iteration)
+    with patient_interrupt() as interrupted:
+        for iteration in (bar := tqdm(range(first + 1, args.iterations + 1), initial=first, total=args.iterations, desc=args.task)):
+            line = iterate(run, iteration, args.allocation)
+            last = iteration == args.iterations
+            if iteration % args.evaluate_every == 0 or last:
+                with run.autocast(), averaged(transformer, average):
+                    rewards, pictures = evaluate(pipeline, task, heldout, encoded, run.empty_prompt, run.shape, args)
+                line |= mean_and_error("heldout_reward", rewards)
+            with metrics.open("a") as file:
+                file.write(metrics_line(line))
+            bar.set_postfix(reward=f"{line['reward_mean']:.3f}", **({"heldout": f"{line['heldout_reward']:.3f}"} if "heldout_reward" in line else {}))
+            non_finite = non_finite + 1 if line["skipped_updates"] == args.updates_per_iteration else 0
+            if non_finite >= 5:
+                stop(f"five iterations in a row had gradients that are not finite; the last good checkpoint is {last_checkpoint(folder)}."
+                     " Lower --learning-rate, or use --precision float32.")
+            if non_finite == 0 and (iteration % args.save_every == 0 or last or interrupted):
+                try:
+                    save_checkpoint(folder, pipeline, run.optimizer, average, iteration, args.keep)
+                except (OSError, SafetensorError) as error:         # a full disk, most likely: the next time may go better
+                    shutil.rmtree(folder / "checkpoint.partial", ignore_errors=True)
+                    tqdm.write(f"star.py: the checkpoint of iteration {iteration} could not be written ({error}); the run goes on, and the"
+                               f" last good checkpoint is {last_checkpoint(folder)}.", file=sys.stderr)
+            if interrupted:
+                print(f"interrupted after iteration {iteration}; the same command with --resume continues from {last_checkpoint(folder)}", file=sys.stderr)
+                raise SystemExit(130)
 
     # After: the same prompts from the same noise, where the model looks, and the curve.
-    with autocast, averaged(transformer, average):
-        rewards, pictures = evaluate(pipeline, task, shown, sigmas, shape, args)
+    with run.autocast(), averaged(transformer, average):
+        rewards, pictures = evaluate(pipeline, task, shown, encoded, run.empty_prompt, run.shape, args)
         before = Image.open(folder / "before.png")
         size = pictures[0].width
         before = [before.crop((i * size, 0, (i + 1) * size, size)) for i in range(len(shown))]
         draw_samples((before, task.reward(before, shown)), (pictures, rewards), shown, folder / "samples.png")
-        show_maps(pipeline, task, shown[:4], sigmas, shape, blocks, args, folder / "maps.png")
+        show_maps(run, shown[:4], folder / "maps.png")
     lines = read_metrics(folder)
     draw_curve([(folder.name, lines)], folder / "curve.png")
     measured = [line["heldout_reward"] for line in lines if "heldout_reward" in line]
-    print(f"held-out reward {measured[0]:.3f} -> {measured[-1]:.3f}; see samples.png, maps.png, curve.png, metrics.jsonl and checkpoint/ in {folder}")
+    print(f"held-out reward {measured[0]:.3f} -> {measured[-1]:.3f}; see samples.png, maps.png, curve.png, metrics.jsonl and"
+          f" {last_checkpoint(folder).name}/ in {folder}")
 
 
-def show_maps(pipeline, task, prompts, sigmas, shape, blocks, args, path):
+def show_maps(run, prompts, path):
     """Paint a few prompts by the plain flow while recording the map of every step, and draw maps.png."""
+    args, pipeline = run.args, run.pipeline
     generator = torch.Generator().manual_seed(args.seed)
-    core = core_tokens_of(pipeline, task, prompts, args.max_sequence_length)
-    device = pipeline.transformer.device
-    latents = torch.randn(len(prompts), *shape, generator=generator).to(device)
-    painted = rollout(pipeline.transformer, latents, encode(pipeline, prompts, args.max_sequence_length), encode(pipeline, [""], args.max_sequence_length),
-                      sigmas, (), generator, guidance_scale=args.guidance_scale, core_tokens=core.to(device),
-                      map_steps=range(len(sigmas) - 1), map_blocks=blocks)
+    core = core_tokens_of(pipeline, run.task, prompts, args.max_sequence_length).to(run.device)
+    latents = torch.randn(len(prompts), *run.shape, generator=generator).to(run.device)
+    sigmas = schedule(pipeline, args.steps)
+    painted = rollout(pipeline.transformer, latents, encode(pipeline, prompts, args.max_sequence_length), run.empty_prompt,
+                      sigmas, (), generator, guidance_scale=args.guidance_scale, core_tokens=core, map_steps=range(args.steps), map_blocks=run.blocks)
     predicted = []
     for step, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:])):
         velocity = (painted.latents[:, step + 1] - painted.latents[:, step]) / (sigma_next - sigma)
@@ -804,12 +999,65 @@ def show_maps(pipeline, task, prompts, sigmas, shape, blocks, args, path):
     draw_maps(predicted, painted.maps, decode(pipeline.vae, painted.latents[:, -1]), prompts, sigmas, path)
 
 
-def read_metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+# ------------------------------------------------------------------------------------------------------------- benchmark
+
+def benchmark(run, repeats):
+    """Time whole iterations of uniform and spatial in turn, after one of each to warm up; print a table, write benchmark.json.
+
+    Model FLOP utilisation = floating-point operations that the method needs / (seconds * speed of one large matrix product
+    in the same precision on this device). Needed are F for a forward pass of one picture (counted by torch on one pass;
+    twice that with guidance), hence images * T * F for a rollout and images * S * 3 F for an update (the backward pass
+    takes 2 F; the passes that gradient checkpointing repeats do not count), and images * S * F for the starting weights.
+    """
+    args, transformer = run.args, run.pipeline.transformer
+    images = args.prompts_per_iteration * args.group_size
+    lines = {"uniform": [], "spatial": []}
+    for iteration in tqdm(range(2 * repeats + 2), desc="benchmark"):
+        allocation = ("uniform", "spatial")[(iteration + iteration // 2) % 2]        # in turn, and each as often first as second
+        lines[allocation].append(iterate(run, iteration, allocation))
+    lines = {allocation: measured[1:] for allocation, measured in lines.items()}
+
+    dtype = torch.bfloat16 if run.bfloat16 else torch.float32
+    matrix = torch.randn(8192 if run.device.type == "cuda" else 2048, 8192 if run.device.type == "cuda" else 2048, device=run.device, dtype=dtype)
+    times = []
+    for _ in range(6):
+        watch = Stopwatch(run.device)
+        matrix @ matrix
+        watch.lap("product")
+        times.append(watch.seconds["product"])
+    speed = 2 * len(matrix) ** 3 / min(times)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), run.autocast():
+        context, pooled = run.empty_prompt
+        predict_velocity(transformer, torch.zeros(1, *run.shape, device=run.device), 0.5, (context, pooled), 1.0, run.empty_prompt)
+    forward = counter.get_total_flops() * (1 if args.guidance_scale == 1 else 2)
+    needed = {"rollout": images * args.steps * forward, "update": images * args.stochastic_steps * (3 + (run.start_transformer is not None)) * forward}
+
+    rows = {f"{phase}, seconds": {a: [line["seconds"][phase] for line in lines[a]] for a in lines} for phase in lines["uniform"][0]["seconds"]}
+    rows["iteration, seconds"] = {a: [sum(line["seconds"].values()) for line in lines[a]] for a in lines}
+    rows["images per second"] = {a: [images / seconds for seconds in rows["iteration, seconds"][a]] for a in lines}
+    for phase in needed:
+        rows[f"{phase}, FLOP utilisation"] = {a: [needed[phase] / seconds / speed for seconds in rows[f"{phase}, seconds"][a]] for a in lines}
+    if run.device.type == "cuda":
+        rows["peak memory, GiB"] = {a: [max(line["peak_gib"].values()) for line in lines[a]] for a in lines}
+    print(f"{args.model}: {images} pictures of {run.shape[1] * vae_factor(run.pipeline.vae.config)} pixels an iteration, {args.steps} steps, {args.stochastic_steps} trained,"
+          f" guidance {args.guidance_scale}, batch {args.batch_size}; {forward / 1e9:.1f} GFLOP a forward pass; one {dtype} product of {len(matrix)}:"
+          f" {speed / 1e12:.2f} TFLOP/s; peak of the whole process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB of main memory")
+    print(f"{'median (least to most) of ' + str(repeats):<28}{'uniform':>28}{'spatial':>28}{'spatial / uniform':>28}")
+    for name, values in rows.items():
+        columns = [*values.values(), [b / a for a, b in zip(*values.values())]]
+        print(f"{name:<28}" + "".join(f"{f'{statistics.median(c):.3f} ({min(c):.3f} to {max(c):.3f})':>28}" for c in columns))
+    report = {"arguments": asdict(args), "device": torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu", "torch": torch.__version__,
+              "forward_flop": forward, "product_flop_per_second": speed, "rows": rows}
+    folder = Path(args.out or ".")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "benchmark.json").write_text(json.dumps(report, indent=1))
+    print("wrote", folder / "benchmark.json")
 
 
 if __name__ == "__main__":
     try:
         main()
     except torch.cuda.OutOfMemoryError:
-        stop("CUDA ran out of memory; lower --batch-size, add --gradient-checkpointing, or lower --height.")
+        stop("CUDA ran out of memory; lower --batch-size, add --low-memory or --no-t5, or lower --height.")
+    except KeyboardInterrupt:
+        stop("interrupted; what the last checkpoint holds can be continued with --resume.")

@@ -6,6 +6,7 @@ import copy
 import inspect
 import json
 import math
+import resource
 import signal
 import subprocess
 import sys
@@ -14,10 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
 from PIL import Image, ImageStat
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 
-import star
+import star                      # before transformers: it quiets remarks about packages that nothing here needs
+from diffusers import StableDiffusion3Pipeline
+from transformers import CLIPImageProcessorPil, Florence2Config, Florence2ForConditionalGeneration, Florence2Processor, PreTrainedTokenizerFast
+
 from rewards import OCR, edit_distance, text_reward
 
 HERE = Path(__file__).parent
@@ -226,10 +231,11 @@ def test_7_first_ratio_is_one(pipeline, guidance_scale):
     assert torch.equal(star.star_loss(log_prob, result.log_prob, torch.ones(2), torch.ones_like(log_prob), 1e-3)[1], torch.ones_like(log_prob))
 
 
-def test_7_first_ratio_is_one_in_bfloat16(pipeline):
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.5])
+def test_7_first_ratio_is_one_in_bfloat16(pipeline, guidance_scale):
     with torch.autocast("cpu", torch.bfloat16):
-        result, given, empty, sigmas, steps = painted(pipeline)
-        log_prob = recomputed_log_prob(pipeline, result, given, empty, sigmas, steps)
+        result, given, empty, sigmas, steps = painted(pipeline, guidance_scale)
+        log_prob = recomputed_log_prob(pipeline, result, given, empty, sigmas, steps, guidance_scale)
     ratio = torch.exp(log_prob - result.log_prob)
     torch.testing.assert_close(ratio, torch.ones_like(ratio), atol=1e-3, rtol=0)
 
@@ -261,16 +267,175 @@ def finished_run(tmp_path_factory):
     return folder
 
 
-def test_9_killed_and_resumed_is_the_same(finished_run, tmp_path):
-    folder = tmp_path / "killed"
-    command = [sys.executable, "star.py", *SMALL, "--ema-decay", "0.5", "--out", str(folder)]
-    process = subprocess.Popen(command, cwd=HERE, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not ((folder / "metrics.jsonl").exists() and len(star.read_metrics(folder)) >= 3):
+MOMENTS = {"sampling": ("star.rollout", 12), "rewards": ("rewards.OCR.reward", 4), "update": ("star.star_loss", 9), "checkpoint's first file": ("star.averaged", 3),
+           "checkpoint's last file": ("star.save_file", 2), "checkpoint's move": ("pathlib.Path.rename", 2), "pruning": ("shutil.rmtree", 3)}
+KILL = """
+import os, pathlib, shutil, signal, sys, torch
+import rewards, star
+calls, function = 0, {name}
+def deadly(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls == {call}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return function(*args, **kwargs)
+{name} = deadly
+star.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_9_killed_and_resumed_is_the_same(finished_run, moment, tmp_path):
+    """kill -9 of a real process when it calls a certain function for the n-th time; the weights end the same, too."""
+    name, call = MOMENTS[moment]
+    command = [*SMALL, "--ema-decay", "0.5", "--out", str(tmp_path / "run")]
+    killed = subprocess.run([sys.executable, "-c", KILL.format(name=name, call=call), *command], cwd=HERE, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert 1 <= len(star.read_metrics(tmp_path / "run")) < 5
+    star.main([*command, "--resume"])
+    assert without_seconds(tmp_path / "run") == without_seconds(finished_run)
+    assert [path.name for path in star.checkpoints(tmp_path / "run")] == ["checkpoint-4"]
+    for file in ("training.safetensors", "transformer/diffusion_pytorch_model.safetensors"):
+        ours, theirs = (load_file(folder / "checkpoint-4" / file) for folder in (tmp_path / "run", finished_run))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_9_adafactor_resumes_the_same(tmp_path):
+    whole, halves = ([*SMALL, "--optimizer", "adafactor", "--out", str(tmp_path / name)] for name in ("whole", "halves"))
+    star.main(whole)
+    star.main([*halves, "--iterations", "2"])
+    star.main([*halves, "--resume"])
+    assert without_seconds(tmp_path / "whole") == without_seconds(tmp_path / "halves")
+
+
+def test_interrupted_run_saves_and_says_how_to_go_on(finished_run, tmp_path):
+    folder = tmp_path / "run"
+    command = [*SMALL, "--ema-decay", "0.5", "--save-every", "9", "--out", str(folder)]
+    process = subprocess.Popen([sys.executable, "star.py", *command], cwd=HERE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not ((folder / "metrics.jsonl").exists() and len(star.read_metrics(folder)) >= 2):
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    star.main([*command[2:], "--resume"])
+    process.send_signal(signal.SIGINT)
+    said = process.communicate()[1]
+    assert process.returncode == 130 and "--resume" in said and "Traceback" not in said
+    done = star.read_metrics(folder)[-1]["iteration"]
+    assert 1 <= done < 4 and star.last_checkpoint(folder).name == f"checkpoint-{done}"
+    star.main([*command, "--resume"])
     assert without_seconds(folder) == without_seconds(finished_run)
+
+
+def test_full_disk_keeps_the_old_checkpoint(tmp_path, capsys, monkeypatch):
+    """No file may grow beyond half a megabyte while the second of four checkpoints is written."""
+    save, calls = star.save_checkpoint, []
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save_on_a_full_disk(folder, *args):
+        calls.append(star.last_checkpoint(folder))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500_000 if len(calls) == 2 else limits[0], limits[1]))
+        try:
+            save(folder, *args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(star, "save_checkpoint", save_on_a_full_disk)
+    star.main([*SMALL, "--out", str(tmp_path / "run")])
+    said = capsys.readouterr().err
+    assert "checkpoint of iteration 2 could not be written" in said and "last good checkpoint is" in said and "checkpoint-1" in said
+    assert [path and path.name for path in calls] == [None, "checkpoint-1", "checkpoint-1", "checkpoint-3"]
+    assert star.last_checkpoint(tmp_path / "run").name == "checkpoint-4" and not (tmp_path / "run/checkpoint.partial").exists()
+
+
+def test_keep_and_hard_links(tmp_path):
+    star.main([*SMALL, "--keep", "2", "--out", str(tmp_path)])
+    assert [path.name for path in star.checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-4"]
+    files = ["text_encoder_3/model.safetensors", "transformer/diffusion_pytorch_model.safetensors", "training.safetensors"]
+    same = [(tmp_path / "checkpoint-3" / file).samefile(tmp_path / "checkpoint-4" / file) for file in files]
+    assert same == [True, False, False]
+
+
+def test_metrics_are_json_and_a_line_cut_short_is_none(tmp_path):
+    line = star.metrics_line({"a": float("nan"), "b": float("inf"), "c": 0.5, "d": [1], "e": None})
+    assert json.loads(line, parse_constant=None) == {"a": None, "b": None, "c": 0.5, "d": [1], "e": None}
+    (tmp_path / "metrics.jsonl").write_text(line + line[:9])
+    assert len(star.read_metrics(tmp_path)) == 1
+
+
+# ------------------------------------------------------------------------------------------------ full-size models, memory
+
+FULL_SIZE_CONFIGS = {
+    "model_index.json": {"_class_name": "StableDiffusion3Pipeline"},
+    "transformer/config.json": {"_class_name": "SD3Transformer2DModel", "sample_size": 128, "patch_size": 2, "num_layers": 24},
+    "vae/config.json": {"_class_name": "AutoencoderKL", "block_out_channels": [128, 256, 512, 512]}}
+
+
+def test_defaults_follow_the_model(tmp_path):
+    for name, content in FULL_SIZE_CONFIGS.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(content))
+    miniature, full = (star.parse_arguments(["--model", model])[0] for model in ("tiny/sd3", str(tmp_path)))
+    assert miniature == star.Arguments()
+    assert (full.height, full.steps, full.evaluation_steps, full.guidance_scale, full.noise_level) == (512, 10, 40, 4.5, 0.7)
+    assert (full.learning_rate, full.kl_weight, full.clip_range, full.optimizer) == (1e-5, 0.04, 6e-3, "adamw")
+    small = star.parse_arguments(["--model", str(tmp_path), "--low-memory", "--batch-size", "2"])[0]
+    assert (small.batch_size, small.optimizer, small.reward_device, small.learning_rate) == (2, "adafactor", "cpu", 1e-5)
+    for defaults in (star.FULL_SIZE, star.LOW_MEMORY, *star.FULL_SIZE_TASK.values()):
+        star.Arguments(**defaults)
+    prompts = OCR(star.beside(full.prompts), star.beside(full.heldout_prompts))
+    assert len(prompts.prompts) >= 500 and not set(prompts.prompts) & set(prompts.heldout_prompts)
+
+
+def test_without_t5(pipeline, tmp_path):
+    """The T5 part of the context is zeros, has no core tokens, and is not in the checkpoint."""
+    star.main([*SMALL, "--iterations", "1", "--no-t5", "--out", str(tmp_path)])
+    trained = StableDiffusion3Pipeline.from_pretrained(tmp_path / "checkpoint-1", text_encoder_3=None, tokenizer_3=None)
+    assert trained.text_encoder_3 is None and star.read_metrics(tmp_path)[1]["ratio_mean"] == 1
+    context = star.encode(trained, PROMPTS, 24)[0]
+    assert context.shape == (2, 48, 96) and (context[:, 24:] == 0).all() and (context[:, :24] != 0).any()
+    mask = star.core_tokens_of(trained, OCR(), PROMPTS, 24)
+    assert torch.equal(mask[:, :24], star.core_tokens_of(pipeline, OCR(), PROMPTS, 24)[:, :24]) and not mask[:, 24:].any()
+
+
+def test_low_memory_in_bfloat16(tmp_path):
+    star.main([*SMALL, "--low-memory", "--precision", "bfloat16", "--kl-weight", "0.1", "--guidance-scale", "2", "--iterations", "1", "--out", str(tmp_path)])
+    line = star.read_metrics(tmp_path)[1]
+    assert abs(line["ratio_mean"] - 1) < 1e-3 and line["gradient_norm"] > 0 and line["skipped_updates"] == 0
+    assert 0 <= line["kl"] < 1e-3, "the start is the start, up to the rounding of the frozen copy"
+
+
+def test_adafactor_steps_are_as_long_as_the_learning_rate():
+    """In the first step, where both optimizers normalise by the gradient itself, they move a vector alike."""
+    moved = []
+    for make in (lambda p: torch.optim.AdamW([p], lr=1e-3, weight_decay=0.0), lambda p: torch.optim.Adafactor([p], lr=1e-3, weight_decay=0.0, eps=(None, 1.0))):
+        weight = torch.nn.Parameter(torch.full((5,), 0.02))
+        weight.grad = torch.tensor([1.0, -2.0, 0.5, 3.0, -0.1])
+        make(weight).step()
+        moved.append(weight.detach() - 0.02)
+    torch.testing.assert_close(moved[0], moved[1], atol=1e-6, rtol=1e-3)
+
+
+def test_map_and_ratio_survive_compilation(pipeline):
+    """The allocator swaps processors in compiled blocks: maps, pictures and the first ratio stay what they were."""
+    plain, compiled = painted(pipeline)[0], copy.deepcopy(pipeline)
+    torch._dynamo.config.recompile_limit = 64
+    for block in compiled.transformer.transformer_blocks:
+        block.compile(backend="aot_eager")
+    for _ in range(2):          # the second time, the compiled code of the first is used with a new allocator
+        result, given, empty, sigmas, steps = painted(compiled)
+    torch.testing.assert_close(result.maps, plain.maps, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(result.latents, plain.latents, atol=1e-3, rtol=1e-3)
+    log_prob = recomputed_log_prob(compiled, result, given, empty, sigmas, steps)
+    torch.testing.assert_close(log_prob, result.log_prob, atol=1e-4, rtol=0)
+
+
+def test_benchmark(tmp_path, capsys):
+    star.main([*SMALL, "--benchmark", "1", "--out", str(tmp_path)])
+    report = json.loads((tmp_path / "benchmark.json").read_text())
+    assert {"encode, seconds", "rollout, seconds", "decode, seconds", "reward, seconds", "update, seconds", "images per second"} <= report["rows"].keys()
+    assert all(0 < row["uniform"][0] and 0 < row["spatial"][0] for row in report["rows"].values())
+    config = StableDiffusion3Pipeline.from_pretrained(HERE / "tiny/sd3").transformer.config
+    width, tokens = config.num_attention_heads * config.attention_head_dim, 64 + 48        # image and text tokens of the joint blocks
+    least = 2 * 12 * width**2 * tokens * (config.num_layers - 1)                           # 4 projections and 8 width^2 of the feed-forward
+    assert least < report["forward_flop"] < 3 * least
+    assert "spatial / uniform" in capsys.readouterr().out and not (tmp_path / "metrics.jsonl").exists()
 
 
 # -------------------------------------------------------------------------------------------------------- star_loss
@@ -340,6 +505,41 @@ def test_text_reward(read, target, reward):
     assert text_reward(read, target) == pytest.approx(reward)
 
 
+def test_reader_of_real_pictures(tmp_path):
+    """Florence-2's classes with random weights and a bias towards one word, loaded and asked as the real one."""
+    words = ["<s>", "<pad>", "</s>", "<unk>", "<image>", "What", "is", "the", "text", "in", "image", "?", "OPEN"]
+    characters = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
+    characters.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, bos_token="<s>", pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+                                        extra_special_tokens={"image_token": "<image>"})
+    pixels = CLIPImageProcessorPil(size={"height": 64, "width": 64}, do_center_crop=False, image_seq_length=5)
+    model = Florence2ForConditionalGeneration(Florence2Config(
+        text_config=dict(model_type="bart", vocab_size=13, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32, decoder_ffn_dim=32,
+                         encoder_attention_heads=2, decoder_attention_heads=2, max_position_embeddings=64, pad_token_id=1, bos_token_id=0,
+                         eos_token_id=2, decoder_start_token_id=2),
+        vision_config=dict(embed_dim=[8, 8, 16, 16], num_heads=[2] * 4, num_groups=[2] * 4, depths=[1] * 4, window_size=4, projection_dim=16),
+        image_token_id=4))
+    model.generation_config.max_new_tokens = 3
+    model.save_pretrained(tmp_path)
+    Florence2Processor(pixels, tokenizer).save_pretrained(tmp_path)
+    reader = OCR(model=tmp_path)
+    reader.load("cpu")
+    asked = reader.processor(images=[Image.new("RGB", (90, 70))], text=["<OCR>"], return_tensors="pt").input_ids
+    assert tokenizer.decode(asked[0], skip_special_tokens=True) == "What is the text in the image ?"
+    reader.reader.lm_head.bias = torch.nn.Parameter(torch.eye(13)[12] * 1e3)
+    pictures = [Image.new("RGB", (90, 70), colour) for colour in ("red", "blue", "green")]
+    assert reader.read(pictures, batch_size=2) == ["OPEN OPEN"] * 3         # the third token is the end
+    assert reader.reward(pictures, ['a sign "open"', 'a sign "shut"', 'a sign "ope"']).tolist() == [1, 0, 1]
+
+
+def test_prompt_file_of_flow_grpo_is_read_as_it_is(tmp_path):
+    lines = ['A close-up of a library stamp, with "Property of Alex\u2019s Library" in bold letters', "", 'A bus stop that reads "Line 7", at dusk \u2028']
+    (tmp_path / "train.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    task = OCR(tmp_path / "train.txt")
+    assert task.prompts == [lines[0], lines[2].strip()]
+    assert [prompt[slice(*task.core_spans(prompt)[0])] for prompt in task.prompts] == ["Property of Alex\u2019s Library", "Line 7"]
+
+
 def test_reader_reads_the_world(task):
     sys.path.insert(0, str(HERE / "tiny"))
     import random
@@ -397,7 +597,7 @@ def test_run_leaves_what_it_promises(finished_run):
     for picture in ("samples.png", "maps.png", "curve.png"):
         assert Image.open(finished_run / picture).width > 500
     assert json.loads((finished_run / "config.json").read_text())["group_size"] == 4
-    trained = StableDiffusion3Pipeline.from_pretrained(finished_run / "checkpoint").transformer
+    trained = StableDiffusion3Pipeline.from_pretrained(finished_run / "checkpoint-4").transformer
     start = StableDiffusion3Pipeline.from_pretrained(HERE / "tiny/sd3").transformer
     changed = [not torch.equal(a, b) for a, b in zip(trained.parameters(), start.parameters())]
     assert sum(changed) > 0.9 * len(changed)
@@ -426,10 +626,10 @@ def test_updates_raise_the_probability_of_the_better_picture(pipeline):
 def test_updates_that_are_not_finite_are_skipped_and_end_the_run(tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         star.main([*SMALL, "--iterations", "9", "--learning-rate", "1e30", "--out", str(tmp_path / "run")])
-    assert error.value.code == 2 and "five updates in a row" in capsys.readouterr().err
+    assert error.value.code == 2 and "five iterations in a row" in capsys.readouterr().err
     lines = star.read_metrics(tmp_path / "run")
     assert [line.get("skipped_updates", 0) for line in lines][-5:] == [1] * 5
-    assert json.loads((tmp_path / "run/checkpoint/iteration.json").read_text())["iteration"] == lines[-6]["iteration"]
+    assert star.last_checkpoint(tmp_path / "run").name == f"checkpoint-{lines[-6]['iteration']}"
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
@@ -456,14 +656,14 @@ def test_updates_that_are_not_finite_are_skipped_and_end_the_run(tmp_path, capsy
     (["--model", "HALF"], "neither a whole pipeline's folder"),
     (["--prompts", "nowhere.txt"], "nowhere.txt does not exist"),
     (["--prompts", "EMPTY"], "is empty"),
-    (["--prompts", "UNQUOTED"], "prompt 2 has no text between straight double quotes: a ball"),
+    (["--prompts", "UNQUOTED"], "line 3 has no text between straight double quotes: a ball (and 1 more such lines)"),
     (["--prompts", "SINGLE"], "1 training prompts"),
     (["--plot", "nowhere"], "no metrics.jsonl"),
 ])
 def test_bad_input_is_one_clear_sentence(arguments, says, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(StableDiffusion3Pipeline, "from_pretrained", None)            # nothing heavy may be reached
-    files = {"EMPTY": "\n\n", "UNQUOTED": 'a "B"\na ball\n', "SINGLE": 'a "B"\n'}
+    files = {"EMPTY": "\n\n", "UNQUOTED": 'a "B"\n\na ball\na box\n', "SINGLE": 'a "B"\n'}
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     folders = {"FLUX": "FluxPipeline", "HALF": "StableDiffusion3Pipeline"}

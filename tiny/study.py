@@ -144,11 +144,11 @@ def guidance(args):
     pipeline = StableDiffusion3Pipeline.from_pretrained(args.model)
     task = OCR()
     task.load("cpu")
-    pipeline.scheduler.set_timesteps(args.steps)
     prompts = task.heldout_prompts[:args.pictures]
+    encoded, empty = (star.encode(pipeline, texts, build.TOKENS) for texts in (prompts, [""]))
     for scale in (1.0, 1.5, 2.0, 3.0, 4.5, 7.0):
-        settings = star.Arguments(guidance_scale=scale)
-        rewards, pictures = star.evaluate(pipeline, task, prompts, pipeline.scheduler.sigmas.tolist(), (8, 16, 16), settings)
+        settings = star.Arguments(guidance_scale=scale, evaluation_steps=args.steps)
+        rewards, pictures = star.evaluate(pipeline, task, prompts, encoded, empty, (8, 16, 16), settings)
         print(f"guidance {scale}: {rewards.mean():.3f} +- {rewards.std() / len(rewards) ** 0.5:.3f}", flush=True)
         if args.save:
             star.draw_table([[(picture, f"{reward:.2f}\n{textwrap.fill(prompt, 22)}") for picture, reward, prompt in zip(pictures[:8], rewards, prompts)]],
