@@ -16,6 +16,7 @@ import itertools
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -42,7 +43,7 @@ from tqdm import tqdm
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
-from rewards import TASKS
+from rewards import make_task, parts_of
 
 HERE = Path(__file__).parent
 diffusers_logging.disable_progress_bar()
@@ -60,11 +61,11 @@ class Arguments:
     """Everything a run depends on; `config.json` in the run's folder is this. These defaults suit the miniature on two CPU cores."""
 
     # The run
-    task: str = option("ocr", "what is rewarded", tuple(TASKS))
+    task: str = option("ocr", "what is rewarded: ocr, geneval, pickscore, your FILE.py:CLASS, or a mixture such as ocr:0.7,pickscore:0.3")
     model: str = option("tiny/sd3", "folder or hub name of a Stable Diffusion 3 pipeline")
-    prompts: str = option("tiny/prompts/ocr.txt", "file with one training prompt per line")
-    heldout_prompts: str = option("tiny/prompts/ocr_heldout.txt", "file with one prompt per line for evaluation")
-    reward_model: str = option("tiny/ocr", "folder or hub name of the model that judges")
+    prompts: str = option(None, "file with one training prompt per line; the task's own by default")
+    heldout_prompts: str = option(None, "file with one prompt per line for evaluation; the task's own by default")
+    reward_model: str = option(None, "folder or hub name of what judges, two with a comma where a task needs two, tasks separated by semicolons")
     out: str = option(None, "folder for everything the run writes; runs/<task>-<allocation>-<seed> by default")
     resume: bool = option(False, "continue the run in --out from its last checkpoint")
     seed: int = option(0, "seed of prompts and noise")
@@ -129,9 +130,12 @@ FULL_SIZE = dict(
     ema_decay=0.99,                 # F averages with 0.9 after every eighth update, which is about the same
     max_sequence_length=256,        # as diffusers' pipeline does by default
     prompts_per_iteration=8, batch_size=8, gradient_checkpointing=True, iterations=500, evaluate_every=20, save_every=20)
-FULL_SIZE_TASK = {"ocr": dict(kl_weight=0.04,                                                                                            # F
-                              reward_model="florence-community/Florence-2-large",
-                              prompts="tiny/prompts/real_ocr.txt", heldout_prompts="tiny/prompts/real_ocr_heldout.txt")}
+FULL_SIZE_TASK = {      # the KL weights are F's, in a mixture the first task's counts; geneval makes its prompts from the detector's labels
+    "ocr": dict(kl_weight=0.04, reward_model="florence-community/Florence-2-large",
+                prompts="tiny/prompts/real_ocr.txt", heldout_prompts="tiny/prompts/real_ocr_heldout.txt"),
+    "geneval": dict(kl_weight=0.04, reward_model="facebook/mask2former-swin-small-coco-instance,openai/clip-vit-large-patch14"),
+    "pickscore": dict(kl_weight=0.01, reward_model="yuvalkirstain/PickScore_v1,laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+                      prompts="tiny/prompts/real_ocr.txt", heldout_prompts="tiny/prompts/real_ocr_heldout.txt")}
 
 # What --low-memory replaces. The text encoders, the starting weights and the average wait on the CPU in any case.
 LOW_MEMORY = dict(batch_size=1, gradient_checkpointing=True, optimizer="adafactor", reward_device="cpu")
@@ -438,18 +442,19 @@ def decode(vae, latents):
     return [Image.fromarray(picture) for picture in pixels]
 
 
-def evaluate(pipeline, task, prompts, encoded, empty_prompt, shape, args):
+def evaluate(run, prompts, encoded):
     """One picture per prompt by the plain flow, from noise that is the same each time. Returns (rewards [B], pictures)."""
+    args, pipeline, pictures = run.args, run.pipeline, []
     generator = torch.Generator().manual_seed(args.seed)
-    latents = torch.randn(len(prompts), *shape, generator=generator).to(pipeline.transformer.device)
+    latents = torch.randn(len(prompts), *run.shape, generator=generator).to(run.device)
     sigmas = schedule(pipeline, args.evaluation_steps)
-    pictures = []
     for start in range(0, len(prompts), args.batch_size):
         part = slice(start, start + args.batch_size)
-        painted = rollout(pipeline.transformer, latents[part], tuple(each[part] for each in encoded), empty_prompt, sigmas, (), generator,
-                          guidance_scale=args.guidance_scale)
+        with run.autocast():
+            painted = rollout(pipeline.transformer, latents[part], tuple(each[part] for each in encoded), run.empty_prompt, sigmas, (), generator,
+                              guidance_scale=args.guidance_scale)
         pictures += decode(pipeline.vae, painted.latents[:, -1])
-    return task.reward(pictures, prompts), pictures
+    return run.task.reward(pictures, prompts), pictures
 
 
 def mean_and_error(name, values):
@@ -503,12 +508,14 @@ def draw_curve(runs, path):
     canvas = Image.new("RGB", (width, height), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
     most = max(line["images"] for _, lines in runs for line in lines) or 1
-    place = lambda images, reward: (left + images / most * (width - left - right), height - bottom - reward * (height - top - bottom))
-    for tick in range(0, 11, 2):
-        x, y = place(most * tick / 10, tick / 10)
-        draw.line([place(0, tick / 10), place(most, tick / 10)], fill="#dddddd")
-        draw.text((left - 10, y), f"{tick / 10:.1f}", "black", font, anchor="rm")
-        draw.text((x, height - bottom + 8), f"{most * tick / 10:.0f}", "black", font, anchor="mt")
+    rewards = [line[key] for _, lines in runs for line in lines for key in ("heldout_reward", "reward_mean") if key in line]
+    low, high = (0, 1) if 0 <= min(rewards) and max(rewards) <= 1 else (min(rewards), max(rewards) + 1e-6)
+    place = lambda images, reward: (left + images / most * (width - left - right), height - bottom - (reward - low) / (high - low) * (height - top - bottom))
+    for tick in range(0, 6):
+        images, reward = most * tick / 5, low + (high - low) * tick / 5
+        draw.line([place(0, reward), place(most, reward)], fill="#dddddd")
+        draw.text((left - 10, place(0, reward)[1]), f"{reward:.1f}", "black", font, anchor="rm")
+        draw.text((place(images, low)[0], height - bottom + 8), f"{images:.0f}", "black", font, anchor="mt")
     draw.text((left, 4), "reward", "black", font)
     draw.text(((left + width - right) / 2, height - 22), "pictures seen in training", "black", font, anchor="mt")
     colours = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2"]
@@ -627,7 +634,8 @@ def parse_arguments(argv=None):
     given = parser.parse_args(argv)
     if not given.plot:
         if read_model(given.model)[0]["sample_size"] >= 64:
-            parser.set_defaults(**FULL_SIZE, **FULL_SIZE_TASK[given.task])
+            tasks = [FULL_SIZE_TASK.get(name, {}) for name, _ in parts_of(given.task)]
+            parser.set_defaults(**FULL_SIZE, **tasks[0] | {"reward_model": ";".join(task.get("reward_model", "") for task in tasks) or None})
         if given.low_memory:
             parser.set_defaults(**LOW_MEMORY)
     values = vars(parser.parse_args(argv))
@@ -636,8 +644,8 @@ def parse_arguments(argv=None):
 
 
 def beside(name):
-    """A file or folder, also one beside this file from anywhere else; or else the name of a hub model."""
-    return name if Path(name).exists() or not (HERE / name).exists() else str(HERE / name)
+    """A file or folder, also one beside this file from anywhere else; or else the name of a hub model, or None."""
+    return name if not name or Path(name).exists() or not (HERE / name).exists() else str(HERE / name)
 
 
 def read_model(name):
@@ -683,13 +691,15 @@ def check(args):
     if args.height and args.height % multiple:
         stop(f"--height is {args.height}; pictures of this model have sides that are multiples of {multiple} pixels.")
     try:
-        task = TASKS[args.task](beside(args.prompts), beside(args.heldout_prompts), beside(args.reward_model))
+        models = [",".join(map(beside, model.split(","))) for model in args.reward_model.split(";")] if args.reward_model else []
+        task = make_task(args.task, beside(args.prompts), beside(args.heldout_prompts), [model or None for model in models])
     except ValueError as error:
         stop(str(error))
-    try:
-        AutoConfig.from_pretrained(task.model_name)
-    except Exception as error:      # as above
-        stop(f"reward model {task.model_name} is neither a model's folder nor a hub model that can be reached ({type(error).__name__}).")
+    for name in task.model_names:
+        try:
+            AutoConfig.from_pretrained(name)
+        except Exception as error:      # as above
+            stop(f"reward model {name} is neither a model's folder nor a hub model that can be reached ({type(error).__name__}).")
     if len(task.prompts) < args.prompts_per_iteration:
         stop(f"there are {len(task.prompts)} training prompts, fewer than --prompts-per-iteration {args.prompts_per_iteration}.")
     return task
@@ -912,7 +922,7 @@ def main(argv=None):
     task = check(args)
     if repeats:
         return benchmark(load(args, task, None), repeats)
-    folder = Path(args.out or f"runs/{args.task}-{args.allocation}-{args.seed}")
+    folder = Path(args.out or f"runs/{re.sub('[^A-Za-z0-9.]+', '-', args.task)}-{args.allocation}-{args.seed}")
     checkpoint = open_run(args, folder)
     run = load(args, task, checkpoint)
     pipeline, transformer, average = run.pipeline, run.pipeline.transformer, run.average
@@ -933,13 +943,12 @@ def main(argv=None):
         write_whole(metrics, "".join(map(metrics_line, (line for line in read_metrics(folder) if line["iteration"] <= first))))     # later ones will come again
         print(f"resumed after iteration {first}")
     else:
-        with run.autocast():
-            rewards, pictures = evaluate(pipeline, task, heldout, encoded, run.empty_prompt, run.shape, args)
+        rewards, pictures = evaluate(run, heldout, encoded)
         before = Image.new("RGB", (pictures[0].width * len(shown), pictures[0].height))
         for column, picture in enumerate(pictures[:len(shown)]):
             before.paste(picture, (column * picture.width, 0))
         before.save(folder / "before.png")
-        write_whole(metrics, metrics_line({"iteration": 0, "images": 0, **mean_and_error("heldout_reward", rewards)}))
+        write_whole(metrics, metrics_line({"iteration": 0, "images": 0, **mean_and_error("heldout_reward", rewards), "report": task.report(pictures, heldout)}))
 
     non_finite = 0
     with patient_interrupt() as interrupted:
@@ -947,9 +956,9 @@ def main(argv=None):
             line = iterate(run, iteration, args.allocation)
             last = iteration == args.iterations
             if iteration % args.evaluate_every == 0 or last:
-                with run.autocast(), averaged(transformer, average):
-                    rewards, pictures = evaluate(pipeline, task, heldout, encoded, run.empty_prompt, run.shape, args)
-                line |= mean_and_error("heldout_reward", rewards)
+                with averaged(transformer, average):
+                    rewards, pictures = evaluate(run, heldout, encoded)
+                line |= mean_and_error("heldout_reward", rewards) | ({"report": task.report(pictures, heldout)} if last else {})
             with metrics.open("a") as file:
                 file.write(metrics_line(line))
             bar.set_postfix(reward=f"{line['reward_mean']:.3f}", **({"heldout": f"{line['heldout_reward']:.3f}"} if "heldout_reward" in line else {}))
@@ -969,8 +978,8 @@ def main(argv=None):
                 raise SystemExit(130)
 
     # After: the same prompts from the same noise, where the model looks, and the curve.
-    with run.autocast(), averaged(transformer, average):
-        rewards, pictures = evaluate(pipeline, task, shown, encoded, run.empty_prompt, run.shape, args)
+    with averaged(transformer, average):
+        rewards, pictures = evaluate(run, shown, encoded)
         before = Image.open(folder / "before.png")
         size = pictures[0].width
         before = [before.crop((i * size, 0, (i + 1) * size, size)) for i in range(len(shown))]
@@ -979,6 +988,8 @@ def main(argv=None):
     lines = read_metrics(folder)
     draw_curve([(folder.name, lines)], folder / "curve.png")
     measured = [line["heldout_reward"] for line in lines if "heldout_reward" in line]
+    for name, value in lines[-1].get("report", {}).items():
+        print(f"{name}: {lines[0]['report'][name]:.3f} -> {value:.3f}")
     print(f"held-out reward {measured[0]:.3f} -> {measured[-1]:.3f}; see samples.png, maps.png, curve.png, metrics.jsonl and"
           f" {last_checkpoint(folder).name}/ in {folder}")
 
@@ -990,8 +1001,10 @@ def show_maps(run, prompts, path):
     core = core_tokens_of(pipeline, run.task, prompts, args.max_sequence_length).to(run.device)
     latents = torch.randn(len(prompts), *run.shape, generator=generator).to(run.device)
     sigmas = schedule(pipeline, args.steps)
-    painted = rollout(pipeline.transformer, latents, encode(pipeline, prompts, args.max_sequence_length), run.empty_prompt,
-                      sigmas, (), generator, guidance_scale=args.guidance_scale, core_tokens=core, map_steps=range(args.steps), map_blocks=run.blocks)
+    encoded = encode(pipeline, prompts, args.max_sequence_length)
+    with run.autocast():
+        painted = rollout(pipeline.transformer, latents, encoded, run.empty_prompt, sigmas, (), generator, guidance_scale=args.guidance_scale,
+                          core_tokens=core, map_steps=range(args.steps), map_blocks=run.blocks)
     predicted = []
     for step, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:])):
         velocity = (painted.latents[:, step + 1] - painted.latents[:, step]) / (sigma_next - sigma)

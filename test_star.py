@@ -6,6 +6,7 @@ import copy
 import inspect
 import json
 import math
+import random
 import resource
 import signal
 import subprocess
@@ -23,9 +24,11 @@ import star                      # before transformers: it quiets remarks about 
 from diffusers import StableDiffusion3Pipeline
 from transformers import CLIPImageProcessorPil, Florence2Config, Florence2ForConditionalGeneration, Florence2Processor, PreTrainedTokenizerFast
 
-from rewards import OCR, edit_distance, text_reward
+from rewards import OCR, Detection, GenEval, PickScore, edit_distance, geneval_prompts, judge, make_task, relations, text_reward
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "tiny"))
+import build                     # the world that the miniatures were trained on
 PROMPTS = ['a blue wall with a white sign "K7Q" and a red ball', 'a green wall with a pink sign "2FX"']
 
 
@@ -463,6 +466,189 @@ def test_kl_is_the_kl_of_two_normals():
     torch.testing.assert_close(star.kl_to_start(a, b, 0.3), reference.mean(1))
 
 
+# ---------------------------------------------------------------------------------------------------- GenEval, PickScore
+
+@pytest.mark.parametrize("box, other, expected", [
+    ((0, 0, 10, 10), (30, 0, 40, 10), {"left of"}),                     # (30 - 2) / 30
+    ((30, 0, 40, 10), (0, 0, 10, 10), {"right of"}),
+    ((0, 0, 10, 10), (0, 30, 10, 40), {"above"}),
+    ((0, 30, 10, 40), (0, 0, 10, 10), {"below"}),
+    ((30, 30, 40, 40), (0, 0, 10, 10), {"right of", "below"}),          # 28 / 42.4 = 0.66 along both
+    ((20, 12, 30, 22), (0, 0, 10, 10), {"right of"}),                   # 18 / 23.3 = 0.77 and 10 / 23.3 = 0.43
+    ((1, 0, 11, 10), (0, 0, 10, 10), set()),                            # nearer than the margin of 2
+    ((0, 0, 40, 40), (10, 0, 50, 40), set()),                           # 10 apart, the margin is 8: (10 - 8) / 10 = 0.2
+    ((0, 0, 10, 10), (0, 0, 10, 10), set()),
+    ((0.5, 4, 5.5, 4), (0, 0, 0, 0), {"below"})])                       # (3 - 0.5) / 5 = 0.5 is not more than 0.5
+def test_relations_by_hand(box, other, expected):
+    assert relations(box, other) == expected
+
+
+def things(*objects):
+    """Detections from (class, confidence, left edge, colour); the colour rides along in place of a mask."""
+    found = {}
+    for name, confidence, left, colour in objects:
+        found.setdefault(name, []).append(Detection(confidence, (left, 0, left + 10, 10), colour))
+    return found
+
+
+DOG, CAT, OTHER_DOG = ("dog", 0.9, 0, "red"), ("cat", 0.8, 50, "blue"), ("dog", 0.6, 100, "green")
+ONE_DOG, ONE_CAT = {"class": "dog", "count": 1}, {"class": "cat", "count": 1}
+RED_DOG, BLUE_CAT, GREEN_DOG = ONE_DOG | {"color": "red"}, ONE_CAT | {"color": "blue"}, ONE_DOG | {"color": "green"}
+LEFT_DOG, RIGHT_DOG = ONE_DOG | {"position": ["left of", 0]}, ONE_DOG | {"position": ["right of", 0]}
+
+
+@pytest.mark.parametrize("objects, include, exclude, correct, credit", [
+    ([DOG], [ONE_DOG], [], True, 1),                                                    # single object
+    ([CAT], [ONE_DOG], [], False, 0),
+    ([DOG, OTHER_DOG], [ONE_DOG], [], True, 0),                                         # more than asked is no fault unless excluded
+    ([DOG, CAT], [ONE_DOG, ONE_CAT], [], True, 1),                                      # two objects
+    ([DOG], [ONE_DOG, ONE_CAT], [], False, 1 / 2),
+    ([DOG] * 3, [{"class": "dog", "count": 3}], [{"class": "dog", "count": 4}], True, 1),       # counting
+    ([DOG] * 4, [{"class": "dog", "count": 3}], [{"class": "dog", "count": 4}], False, 2 / 3),
+    ([DOG] * 2, [{"class": "dog", "count": 3}], [{"class": "dog", "count": 4}], False, 2 / 3),
+    ([DOG] * 7, [{"class": "dog", "count": 3}], [], True, 0),                           # a credit is never negative
+    ([DOG, CAT], [ONE_DOG], [ONE_CAT], False, 1),                                       # exclude another class
+    ([DOG], [RED_DOG], [], True, 1),                                                    # colour
+    ([DOG], [GREEN_DOG], [], False, 1 / 2),
+    ([CAT], [RED_DOG], [], False, 0),
+    ([DOG, OTHER_DOG], [RED_DOG], [], True, 1 / 2),                                     # the most confident one is judged
+    ([DOG, OTHER_DOG], [GREEN_DOG], [], False, 0),
+    ([DOG, OTHER_DOG], [{"class": "dog", "count": 2, "color": "red"}], [], False, 3 / 4),
+    ([DOG, CAT], [RED_DOG, BLUE_CAT], [], True, 1),                                     # colour attribution
+    ([DOG, CAT], [GREEN_DOG, BLUE_CAT], [], False, 3 / 4),
+    ([DOG], [RED_DOG, BLUE_CAT], [], False, 1 / 2),
+    ([DOG, CAT], [ONE_CAT, LEFT_DOG], [], True, 1),                                     # position, to the clause of that index
+    ([DOG, CAT], [ONE_CAT, RIGHT_DOG], [], False, 2 / 3),
+    ([DOG], [ONE_CAT, LEFT_DOG], [], False, 1 / 3),                                     # nothing to stand beside
+    ([CAT], [ONE_CAT, LEFT_DOG], [], False, 1 / 3),
+    ([DOG, CAT], [ONE_CAT | {"color": "red"}, LEFT_DOG], [], False, 2 / 4),             # beside what is not as asked
+    ([DOG, CAT, ("cat", 0.7, -50, "blue")], [{"class": "cat", "count": 2}, LEFT_DOG], [], False, 2 / 3),     # to all of them
+    ([DOG, CAT, ("cat", 0.7, 90, "blue")], [{"class": "cat", "count": 2}, LEFT_DOG], [], True, 1),
+    ([OTHER_DOG, CAT], [ONE_CAT, RIGHT_DOG], [], True, 1)])
+def test_geneval_by_hand(objects, include, exclude, correct, credit):
+    """Verdicts worked out from the benchmark's published rules."""
+    verdict = judge(things(*objects), {"include": include, "exclude": exclude}, lambda found, name: [one.mask for one in found])
+    assert verdict == (correct, pytest.approx(credit))
+
+
+@pytest.fixture(scope="session")
+def geneval():
+    task = GenEval()
+    task.load("cpu")
+    return task
+
+
+def world(count, seed=123, **settings):
+    rng, texts = random.Random(seed), build.all_targets(True)
+    return [build.picture(rng, texts, **settings) for _ in range(count)]
+
+
+def test_detector_finds_the_world_s_objects(geneval):
+    """On held-out pictures: exact agreement on class and count, at either of the benchmark's confidences, and on the masks."""
+    shots = world(200)
+    found = geneval.detect([shot["image"] for shot in shots])
+    for least in (0.3, 0.9):
+        agree, overlaps = 0, []
+        for shot, objects in zip(shots, found):
+            wanted = sorted(shape for shape, *_ in shot["objects"])
+            agree += wanted == sorted(name for name, ones in objects.items() for one in ones if one.confidence > least)
+            for shape, _, x, y, size in shot["objects"]:
+                truth = torch.frombuffer(bytearray(build.shape_mask(shape, (x, y, size)).tobytes()), dtype=torch.uint8).view(32, 32) > 0
+                overlaps.append(max([((truth & one.mask).sum() / (truth | one.mask).sum()).item() for one in objects.get(shape, [])] + [0.0]))
+        assert agree / len(shots) >= 0.9
+        assert sum(overlaps) / len(overlaps) > 0.5         # masks of 2-pixel squares, objects of 6 or 7 pixels
+
+
+def test_colours_of_the_world(geneval):
+    shots, right, number = world(200, seed=5), 0, 0
+    for shot, found in zip(shots, geneval.detect([shot["image"] for shot in shots])):
+        for shape, colour, x, y, size in shot["objects"]:
+            for one in found.get(shape, []):
+                if abs(one.box[0] - x) < 4 and abs(one.box[1] - y) < 4:
+                    number, right = number + 1, right + (geneval.colours(shot["image"], [one], shape) == [colour])
+    assert number > 300 and right / number >= 0.95
+
+
+def test_geneval_of_world_pictures(geneval):
+    """World pictures that show what a prompt asks for score 1; the same pictures under another prompt do not."""
+    geneval.metadata |= {
+        "a": {"tag": "colors", "include": [{"class": "ball", "count": 1, "color": "blue"}], "prompt": "a"},
+        "b": {"tag": "counting", "include": [{"class": "ball", "count": 2}], "exclude": [{"class": "ball", "count": 3}], "prompt": "b"},
+        "c": {"tag": "position", "include": [{"class": "box", "count": 1}, {"class": "ball", "count": 1, "position": ["left of", 0]}], "prompt": "c"}}
+    rng, plans = random.Random(0), [("red", None, [(1, "blue", "ball")], None), ("red", None, [(2, "white", "ball")], None),
+                                    ("red", None, [(1, "blue", "ball"), (1, "green", "box")], "left of")]
+    images = [build.draw_plan(rng, plan, 1.0)[0] for plan in plans]
+    assert geneval.reward(images, ["a", "b", "c"]).tolist() == [1, 1, 1]
+    assert geneval.report(images, ["a", "b", "c"]) == {"strict colors": 1, "strict counting": 1, "strict position": 1, "strict GenEval": 1}
+    assert geneval.reward(images, ["b", "c", "a"]).tolist() == pytest.approx([1 / 2, 0, 1])
+    assert geneval.report(images, ["b", "c", "a"])["strict GenEval"] == pytest.approx(1 / 3)
+
+
+def test_counting_trusts_only_confident_detections(geneval, monkeypatch):
+    monkeypatch.setattr(geneval, "detect", lambda images: [things(("ball", 0.85, 0, None))] * len(images))
+    geneval.metadata |= {tag: {"tag": tag, "include": [{"class": "ball", "count": 1}]} for tag in ("counting", "single_object")}
+    assert geneval.reward([None, None], ["counting", "single_object"]).tolist() == [0, 1]
+
+
+def test_geneval_core_words(geneval):
+    for prompt, clauses, words in [
+            ("a red wall with two red balls", [{"class": "ball", "count": 2}], ["two", "balls"]),
+            ("a red wall with an orange box", [{"class": "box", "count": 1, "color": "orange"}], ["orange", "box"]),
+            ("a ball left of a box", [{"class": "box", "count": 1}, {"class": "ball", "count": 1, "position": ["left of", 0]}], ["ball", "left of", "box"])]:
+        geneval.metadata[prompt] = {"include": clauses}
+        assert [prompt[a:b] for a, b in geneval.core_spans(prompt)] == words
+
+
+def test_geneval_makes_prompts_from_a_detector_s_labels():
+    labels = ["person", "wine glass", "bus", "apple", "knife"]
+    records = geneval_prompts(labels, 500)
+    assert {record["tag"] for record in records} == {"single_object", "two_object", "counting", "colors", "position", "color_attr"}
+    assert len({record["prompt"] for record in records}) == len(records) > 300
+    prompts = {record["prompt"]: record for record in records}
+    assert prompts["a photo of three buses"] == {"tag": "counting", "include": [{"class": "bus", "count": 3}], "exclude": [{"class": "bus", "count": 4}],
+                                                 "prompt": "a photo of three buses"}
+    assert prompts["a photo of an apple above a person"]["include"] == [{"class": "person", "count": 1}, {"class": "apple", "count": 1, "position": ["above", 0]}]
+    assert "a photo of two people" in prompts and "a photo of four wine glasses" in prompts and "a photo of two knives" in prompts
+
+
+def test_pickscore_prefers_the_right_caption_and_the_clean_picture():
+    task = PickScore()
+    task.load("cpu")
+    shots, rng = world(200), random.Random(1)
+    images, captions = [shot["image"] for shot in shots], [shot["caption"] for shot in shots]
+    right = task.reward(images, captions)
+    assert (right > task.reward(images, captions[1:] + captions[:1])).float().mean() >= 0.95
+    assert (right > task.reward([build.degraded(rng, image) for image in images], captions)).float().mean() >= 0.9
+
+
+def test_content_words():
+    prompt = "a blue wall with the sign \"K7Q\" and two well-known balls"
+    assert [prompt[a:b] for a, b in PickScore().core_spans(prompt)] == ["blue", "wall", "sign", "K7Q", "two", "well-known", "balls"]
+
+
+# ---------------------------------------------------------------------------------------------------- tasks of one's own
+
+def test_mixture_is_the_weighted_mean():
+    task = make_task("ocr:0.7,pickscore:0.1")
+    task.load("cpu")
+    images, prompts = [shot["image"] for shot in world(6, sign_share=1.0)], task.heldout_prompts[:6]
+    ocr, pickscore = OCR(), PickScore()
+    ocr.load("cpu"), pickscore.load("cpu")
+    expected = (0.7 * ocr.reward(images, prompts) + 0.1 * pickscore.reward(images, prompts) / 26) / 0.8
+    torch.testing.assert_close(task.reward(images, prompts), expected)
+    assert task.prompts == ocr.prompts and task.core_spans(prompts[0]) == ocr.core_spans(prompts[0]) + pickscore.core_spans(prompts[0])
+
+
+def test_the_readme_s_own_task_works(tmp_path):
+    """The example in README.md, as it stands there, is trained on for one iteration."""
+    readme = (HERE / "README.md").read_text()
+    example = next(block for block in readme.split("```python\n")[1:] if "class LogoReward" in block).split("```")[0]
+    (tmp_path / "my_rewards.py").write_text(example)
+    star.main([*SMALL, "--task", f"{tmp_path}/my_rewards.py:LogoReward", "--iterations", "1", "--out", str(tmp_path / "run")])
+    lines = star.read_metrics(tmp_path / "run")
+    assert len(lines) == 2 and 0 < lines[0]["heldout_reward"] < 1 and lines[1]["weight_peak"] > 1
+
+
 # -------------------------------------------------------------------------------------------------------- core words
 
 def test_core_tokens_are_the_target_in_both_tokenizers(pipeline):
@@ -541,10 +727,6 @@ def test_prompt_file_of_flow_grpo_is_read_as_it_is(tmp_path):
 
 
 def test_reader_reads_the_world(task):
-    sys.path.insert(0, str(HERE / "tiny"))
-    import random
-
-    import build
     rng, texts = random.Random(123), build.all_targets(True)
     signs = [build.picture(rng, texts, opacity=1.0, sign_share=1.0) for _ in range(200)]
     bare = [build.picture(rng, texts, sign_share=0.0)["image"] for _ in range(100)]
@@ -635,7 +817,7 @@ def test_updates_that_are_not_finite_are_skipped_and_end_the_run(tmp_path, capsy
 # ----------------------------------------------------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize("arguments, says", [
-    (["--task", "chess"], "invalid choice: 'chess'"),
+    (["--task", "chess"], "--task chess is not known; choose ocr, geneval, pickscore"),
     (["--model", "no/such/folder"], "no/such/folder"),
     (["--model", "nobody/nothing"], "hf auth login"),
     (["--group-size", "1"], "--group-size is 1"),
@@ -658,12 +840,28 @@ def test_updates_that_are_not_finite_are_skipped_and_end_the_run(tmp_path, capsy
     (["--prompts", "EMPTY"], "is empty"),
     (["--prompts", "UNQUOTED"], "line 3 has no text between straight double quotes: a ball (and 1 more such lines)"),
     (["--prompts", "SINGLE"], "1 training prompts"),
+    (["--task", "geneval", "--prompts", "UNQUOTED"], "line 1 is not JSON"),
+    (["--task", "geneval", "--prompts", "UNTAGGED"], "line 2 lacks the field tag"),
+    (["--task", "geneval", "--prompts", "CLASSLESS"], "line 1 lacks the field class in one of its clauses"),
+    (["--task", "geneval", "--prompts", "DRAGON"], "does not know the class dragon; its classes are ball, box, triangle"),
+    (["--task", "geneval", "--prompts", "NOWHERE"], "must name one of left of, right of, above, below and the index of an earlier clause"),
+    (["--task", "geneval", "--reward-model", "tiny/detector"], "must name two models for geneval, DETECTOR,CLIP"),
+    (["--task", "geneval", "--reward-model", "no/detector,tiny/clip"], "detector no/detector is neither"),
+    (["--task", "mine.py:Reward"], "there is no file mine.py"),
+    (["--task", "rewards.py:Reward"], "there is no class Reward in rewards.py"),
+    (["--task", "ocr:0,pickscore:0"], "the weights must be 0 or more and their sum above 0"),
+    (["--task", "ocr:-1,pickscore:2"], "the weights must be 0 or more"),
+    (["--task", "pickscore,ocr"], "has no text between straight double quotes"),
     (["--plot", "nowhere"], "no metrics.jsonl"),
 ])
 def test_bad_input_is_one_clear_sentence(arguments, says, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(StableDiffusion3Pipeline, "from_pretrained", None)            # nothing heavy may be reached
-    files = {"EMPTY": "\n\n", "UNQUOTED": 'a "B"\n\na ball\na box\n', "SINGLE": 'a "B"\n'}
+    files = {"EMPTY": "\n\n", "UNQUOTED": 'a "B"\n\na ball\na box\n', "SINGLE": 'a "B"\n',
+             "UNTAGGED": '{"tag": "a", "include": [{"class": "ball", "count": 1}], "prompt": "a ball"}\n{"include": [], "prompt": "a"}\n',
+             "CLASSLESS": '{"tag": "a", "include": [{"count": 1}], "prompt": "a ball"}\n',
+             "DRAGON": '{"tag": "a", "include": [{"class": "dragon", "count": 1}], "prompt": "a dragon"}\n',
+             "NOWHERE": '{"tag": "a", "include": [{"class": "ball", "count": 1, "position": ["above", 0]}], "prompt": "a ball"}\n'}
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     folders = {"FLUX": "FluxPipeline", "HALF": "StableDiffusion3Pipeline"}

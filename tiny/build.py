@@ -12,25 +12,32 @@ The parts, in the order in which they need each other (`--only PART` makes one o
     vae       tiny/sd3/vae           AutoencoderKL, factor 2
     flow      tiny/sd3               the rest of a StableDiffusion3Pipeline, trained with the flow-matching loss
     ocr       tiny/ocr               VisionEncoderDecoderModel that reads the sign
+    clip      tiny/clip              CLIPModel that scores pictures and names colours
+    detector  tiny/detector          Mask2Former that finds the objects
 """
 import argparse
+import json
+import math
 import random
+import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from tokenizers import Regex
 from tqdm import tqdm
 from transformers import (
-    CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel,
-    T5Tokenizer, TrOCRConfig, TrOCRForCausalLM, TrOCRProcessor, ViTConfig, ViTImageProcessorPil, ViTModel,
-    VisionEncoderDecoderModel,
+    CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer,
+    Mask2FormerConfig, Mask2FormerImageProcessorPil, PreTrainedTokenizerFast, SwinConfig, T5Config, T5EncoderModel, T5Tokenizer,
+    TrOCRConfig, TrOCRForCausalLM, TrOCRProcessor, ViTConfig, ViTImageProcessorPil, ViTModel, VisionEncoderDecoderModel,
 )
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from rewards import COLOUR_PROMPTS, NUMBERS, RELATIONS, Segmenter, geneval_prompts, plural, unit, with_article
 SIZE = 32           # pixels along each side of a picture
 GRID = 4            # pixels along each side of one image token of the transformer; a letter and its gap are as wide
 TOKENS = 24         # text length of each encoder; the longest caption of the world just fits
@@ -52,10 +59,8 @@ COLOURS = {
 }
 SIGN_COLOURS = ["white", "yellow", "pink"]          # light ones: the writing is black
 SHAPES = ["ball", "box", "triangle"]
-PLURAL = {"ball": "balls", "box": "boxes", "triangle": "triangles"}
-NUMBERS = {2: "two", 3: "three", 4: "four"}
-RELATIONS = ["left of", "right of", "above", "below"]
 SIGN = (12, 8)                                       # width and height in pixels of the writing with its gaps
+CELL = 8                                             # an object stands in one of 4 x 4 cells
 PLACES = [(x, y) for x in (4, 20) for y in (0, 8, 16, 24)]     # no two overlap: a picture in the making can settle on one
 
 
@@ -86,32 +91,31 @@ def draw_shape(draw, shape, box, colour):
         draw.polygon([(x + (size - 1) / 2, y), (x, y + size - 1), (x + size - 1, y + size - 1)], fill=colour)
 
 
-def free_place(rng, taken, size, fits):
-    """A random square of `size` pixels that `fits` and keeps one pixel off all `taken` (x, y, width, height), or None."""
-    for _ in range(40):
-        x, y = rng.randint(0, SIZE - size), rng.randint(0, SIZE - size)
-        clear = all(x + size < a or a + w < x or y + size < b or b + h < y for a, b, w, h in taken)
-        if clear and fits(x + size / 2, y + size / 2):
-            return x, y, size
-    return None
+def free_cell(rng, taken, fits):
+    """A random cell (x, y, size of the object) that `fits` and holds neither sign nor object yet, or None.
+
+    As with the signs, no two cells overlap. A small object stands in the middle of its cell, so two never touch.
+    """
+    free = [(x, y) for x in range(0, SIZE, CELL) for y in range(0, SIZE, CELL)
+            if fits(x, y) and all(x + CELL <= a or a + w <= x or y + CELL <= b or b + h <= y for a, b, w, h in taken)]
+    if not free:
+        return None
+    x, y = rng.choice(free)
+    return (x, y, 7) if rng.random() < 0.5 else (x + 1, y + 1, 6)
 
 
 def related(relation, x, y, other):
-    """Does a centre (x, y) stand in `relation` to the centre `other`, by 6 pixels or more and mostly along that axis?"""
+    """Does the cell (x, y) stand in `relation` to the cell `other`, mostly along that axis?"""
     dx, dy = x - other[0], y - other[1]
     along, across = {"left of": (-dx, dy), "right of": (dx, dy), "above": (-dy, dx), "below": (dy, dx)}[relation]
-    return along >= 6 and along >= abs(across)
-
-
-def with_article(words):
-    return ("an " if words[0] in "aeiou" else "a ") + words
+    return along > abs(across)
 
 
 def caption_of(wall, sign, groups, relation):
     """The sentence for a picture. `sign` is (colour, text) or None; `groups` are (count, colour or None, shape)."""
     def name(group):
         count, colour, shape = group
-        words = f"{colour or ''} {shape if count == 1 else PLURAL[shape]}".strip()
+        words = f"{colour or ''} {shape if count == 1 else plural(shape)}".strip()
         return with_article(words) if count == 1 else f"{NUMBERS[count]} {words}"
 
     parts = [f'a {sign[0]} sign "{sign[1]}"'] if sign else []
@@ -154,13 +158,13 @@ def draw_plan(rng, plan, opacity):
         for _ in range(count):
             fits = lambda x, y: True
             if relation and number == 1:            # "A left of B": A stands already, so B must be right of it
-                ax, ay, asize = objects[0][2:]
-                fits = lambda x, y: related(relation, ax + asize / 2, ay + asize / 2, (x, y))
-            spot = free_place(rng, taken, rng.randint(7, 10), fits)
+                first = taken[-1]
+                fits = lambda x, y: related(relation, *first[:2], (x, y))
+            spot = free_cell(rng, taken, fits)
             if spot is None:
                 return None
             draw_shape(draw, shape, spot, COLOURS[colour])
-            taken.append((*spot, spot[2]))
+            taken.append((spot[0] // CELL * CELL, spot[1] // CELL * CELL, CELL, CELL))
             objects.append((shape, colour, *spot))
     return image, place, objects
 
@@ -202,6 +206,23 @@ def to_tensor(images):
 
 # ----------------------------------------------------------------------------------------------------------- the prompts
 
+SCENES = [          # for full-size models: ordinary places where people write
+    'A chalkboard outside a small cafe with "{}" written on it', 'A neon sign in a rainy street at night that reads "{}"',
+    'A hand-painted shop sign that says "{}" above a blue door', 'The cover of an old book titled "{}" on a wooden desk',
+    'A birthday cake with "{}" in icing, candles around it', 'A white coffee mug with the words "{}" printed on it',
+    'A street wall with "{}" in large graffiti letters', 'A train station board showing "{}", passengers waiting below',
+    'A wooden signpost in a forest with "{}" carved into it', 'A cotton T-shirt with "{}" across the chest, on a hanger',
+    'A movie poster with the title "{}" over a desert at sunset', 'A glass bottle with a paper label that reads "{}"',
+    'A sticky note on a fridge that says "{}"', 'A newspaper front page with the headline "{}"', 'A brass plaque engraved with "{}" on a brick house',
+    'A market stall with a cardboard sign saying "{}", fruit in front of it', 'A lighthouse with "{}" painted around its base',
+    'A balloon with "{}" printed on it above a green field', 'A museum ticket that reads "{}", held between two fingers',
+    'A fishing boat in a harbour with the name "{}" on its bow']
+FIRST_WORDS = ["Fresh", "Open", "Lucky", "Golden", "Silent", "Little", "Northern", "Happy", "Electric", "Paper", "Midnight", "Honest", "Sunday", "Copper",
+               "Secret", "Wild", "Velvet", "Early", "Second", "Royal"]
+LAST_WORDS = ["Bread", "Harbour", "Garden", "Records", "Kitchen", "Journey", "Market", "Lantern", "Coffee", "Library", "River", "Tailor", "Theatre", "Bicycle",
+              "Orchard", "Museum", "Flowers", "Station", "Letters", "Summer"]
+
+
 def build_prompts(device):
     folder = HERE / "prompts"
     folder.mkdir(exist_ok=True)
@@ -212,6 +233,18 @@ def build_prompts(device):
             shot = picture(rng, texts, sign_share=1.0)
             lines.append(shot["caption"])
         (folder / name).write_text("\n".join(lines) + "\n")
+    for name, held_out, count in [("pickscore.txt", False, 2000), ("pickscore_heldout.txt", True, 200)]:
+        rng, texts = random.Random(15 + held_out), all_targets(held_out)
+        (folder / name).write_text("".join(picture(rng, texts, sign_share=0.5)["caption"] + "\n" for _ in range(count)))
+    records = geneval_prompts(SHAPES, 760, settings=[with_article(f"{wall} wall with {{}}") for wall in COLOURS])
+    records = [record for record in records if all(clause.get("color") != record["prompt"].split()[1] for clause in record["include"])]
+    for name, part in [("geneval.jsonl", records[:-100]), ("geneval_heldout.jsonl", records[-100:])]:
+        (folder / name).write_text("".join(json.dumps(record) + "\n" for record in part))
+    texts = [f"{first} {last}" for first in FIRST_WORDS for last in LAST_WORDS]
+    rng = random.Random(13)
+    rng.shuffle(texts)
+    for name, own, count in [("real_ocr.txt", texts[40:], 1000), ("real_ocr_heldout.txt", texts[:40], 100)]:
+        (folder / name).write_text("".join(rng.choice(SCENES).format(rng.choice(own)) + "\n" for _ in range(count)))
 
 
 # --------------------------------------------------------------------------------------------------------------- the VAE
@@ -251,8 +284,8 @@ def build_vae(device):
 
 # -------------------------------------------------------------------------------------------------------- the tokenizers
 
-WORDS = sorted({*COLOURS, *SHAPES, *PLURAL.values(), *NUMBERS.values(), "left", "right", "of", "above", "below", "wall", "sign",
-                "with", "and", "a", "an", "the", "photo", "picture", "on", "one", "it"})
+WORDS = sorted({*COLOURS, *SHAPES, *map(plural, SHAPES), *NUMBERS.values(), "left", "right", "of", "above", "below", "wall", "sign",
+                "with", "and", "a", "an", "the", "photo", "picture", "on", "one", "it", "object", "colored"})
 
 
 def join(pieces, left, right):
@@ -344,9 +377,9 @@ def build_flow(device):
     torch.manual_seed(3)
     rng = random.Random(3)
     pipeline = make_pipeline().to(device)
-    steps, batch_size = 2500, 32
+    steps, batch_size = 4000, 32
     texts = all_targets(False)
-    pictures = [picture(rng, texts, sign_share=0.85, legible_share=0.33) for _ in tqdm(range(60000), desc="pictures")]
+    pictures = [picture(rng, texts, sign_share=0.65, legible_share=0.33) for _ in tqdm(range(60000), desc="pictures")]
     vae = pipeline.vae
     latents, weights = [], torch.ones(len(pictures), 1, SIZE // 2, SIZE // 2)
     with torch.no_grad():
@@ -354,8 +387,10 @@ def build_flow(device):
             x = to_tensor([p["image"] for p in pictures[i:i + 500]]).to(device)
             latents.append((vae.encode(x).latent_dist.mean - vae.config.shift_factor) * vae.config.scaling_factor)
     latents = torch.cat(latents)
-    for weight, shot in zip(weights, pictures):
-        if shot["place"]:                      # the writing is small: more weight there, so that it is learned first
+    for weight, shot in zip(weights, pictures):          # writing and objects are small: more weight there, so that they are learned first
+        for _, _, x, y, size in shot["objects"]:
+            weight[:, y // 2:(y + size + 1) // 2, x // 2:(x + size + 1) // 2] = 3.0
+        if shot["place"]:
             x, y = shot["place"]
             weight[:, y // 2:(y + SIGN[1]) // 2, x // 2:(x + SIGN[0]) // 2] = 6.0
     captions = [shot["caption"] for shot in pictures]
@@ -460,7 +495,156 @@ def build_ocr(device):
     processor.save_pretrained(HERE / "ocr")
 
 
-PARTS = {"prompts": build_prompts, "vae": build_vae, "flow": build_flow, "ocr": build_ocr}
+# -------------------------------------------------------------------------------------------------------------- the CLIP
+
+def degraded(rng, image):
+    """What nobody would prefer to `image`: noise over it, blur, a smear across it, or wrong colours."""
+    kind = rng.choice(["noise", "blur", "smear", "colours"])
+    if kind == "noise":
+        return Image.blend(image, Image.frombytes("RGB", image.size, rng.randbytes(3 * SIZE * SIZE)), rng.uniform(0.2, 0.6))
+    if kind == "blur":
+        return image.filter(ImageFilter.GaussianBlur(rng.uniform(0.8, 2.5)))
+    if kind == "smear":
+        x, y, size = rng.randint(0, 12), rng.randint(0, 12), rng.randint(12, 20)
+        streak = rng.choice([(1, size), (size, 1)])
+        image = image.copy()
+        image.paste(image.crop((x, y, x + size, y + size)).resize(streak).resize((size, size)), (x, y))
+        return image
+    red, green, blue = image.split()
+    rotated = Image.merge("RGB", rng.choice([(green, blue, red), (blue, red, green)]))
+    return ImageOps.invert(rotated) if rng.random() < 0.5 or rotated == image else rotated
+
+
+def cut_out(rng, shot):
+    """One object of a picture on grey, cut along a mask as coarse as the detector's, and its (colour, shape); or None."""
+    if not shot["objects"]:
+        return None
+    shape, colour, x, y, size = rng.choice(shot["objects"])
+    mask = shape_mask(shape, (x, y, size)).resize((SIZE // 2, SIZE // 2), Image.BOX).resize((SIZE, SIZE), Image.BILINEAR)
+    mask = mask.point(lambda value: 255 * (value > rng.choice([60, 127, 150])))
+    return Image.composite(shot["image"], Image.new("RGB", (SIZE, SIZE), "#999"), mask).crop(mask.getbbox()), (colour, shape)
+
+
+def build_clip(device):
+    """A CLIPModel that matches pictures and captions, names the colour of an object, and prefers clean to degraded pictures."""
+    torch.manual_seed(5)
+    rng, texts = random.Random(5), all_targets(False)
+    tokenizer = clip_tokenizer()
+    model = CLIPModel(CLIPConfig(
+        text_config=dict(vocab_size=len(tokenizer), hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+                         max_position_embeddings=TOKENS, bos_token_id=0, eos_token_id=1, pad_token_id=1),
+        vision_config=dict(hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4, image_size=SIZE, patch_size=4),
+        projection_dim=64)).to(device).train()
+    pictures = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    processor = CLIPProcessor(pictures, tokenizer)
+    shots = [picture(rng, texts) for _ in tqdm(range(20000), desc="pictures")]
+    clean = to_tensor([shot["image"] for shot in shots])
+    spoiled = to_tensor([degraded(rng, shot["image"]) for shot in shots])
+    cuts = [cut for cut in (cut_out(rng, shot) for shot in shots[:8000]) if cut]
+    cut_pixels = pictures([image for image, _ in cuts], return_tensors="pt").pixel_values
+    names = list(COLOURS)
+    cut_colours = torch.tensor([names.index(colour) for _, (colour, _) in cuts])
+    captions = tokenizer([shot["caption"] for shot in shots], padding="max_length", return_tensors="pt").input_ids
+    colour_prompts = [[tokenizer([prompt.format(colour=colour, name=shape) for colour in names], padding="max_length", return_tensors="pt").input_ids
+                       for shape in SHAPES] for prompt in COLOUR_PROMPTS]
+    steps, batch = 2000, 64
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.1)
+    for step in (bar := tqdm(range(steps), desc="clip")):
+        chosen, cut = torch.randint(len(shots), (batch,)), torch.randint(len(cuts), (batch // 2,))
+        noise = torch.rand(batch, 1, 1, 1) * 0.1
+        pixels = torch.cat([clean[chosen] + noise * torch.randn(batch, 3, SIZE, SIZE), spoiled[chosen], cut_pixels[cut]]).to(device)
+        images = unit(model.get_image_features(pixels))
+        good, bad, single = images.split([batch, batch, batch // 2])
+        texts_of = unit(model.get_text_features(torch.cat([captions[chosen], rng.choice(rng.choice(colour_prompts))]).to(device)))
+        described, colours = texts_of.split([batch, len(names)])
+        scale = model.logit_scale.exp()
+        match = scale * good @ described.T
+        own = torch.arange(batch, device=device)
+        loss_match = (F.cross_entropy(match, own) + F.cross_entropy(match.T, own)) / 2
+        loss_clean = -F.logsigmoid(match.diagonal() - scale * (bad * described).sum(-1)).mean()
+        loss_colour = F.cross_entropy(scale * single @ colours.T, cut_colours[cut].to(device))
+        optimizer.zero_grad()
+        (loss_match + loss_clean + 0.5 * loss_colour).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        model.logit_scale.data.clamp_(max=math.log(100))
+        if step % 20 == 0:
+            bar.set_postfix(match=f"{loss_match.item():.3f}", clean=f"{loss_clean.item():.3f}", colour=f"{loss_colour.item():.3f}", scale=f"{scale.item():.1f}")
+    model.eval().save_pretrained(HERE / "clip")
+    processor.save_pretrained(HERE / "clip")
+
+
+# ---------------------------------------------------------------------------------------------------------- the detector
+
+def shape_mask(shape, box):
+    mask = Image.new("L", (SIZE, SIZE))
+    draw_shape(ImageDraw.Draw(mask), shape, box, 255)
+    return mask
+
+
+def build_detector(device):
+    """A Mask2Former that finds the objects of a picture.
+
+    Set prediction is slow to learn because it must first settle which query speaks for which object. In this world an
+    object stands in one of 16 cells, so each query is given a cell from the start and no matching is needed.
+    """
+    torch.manual_seed(6)
+    rng, texts = random.Random(6), all_targets(False)
+    backbone = SwinConfig(image_size=SIZE, patch_size=2, embed_dim=32, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8], window_size=4,
+                          drop_path_rate=0.0, out_features=["stage1", "stage2", "stage3", "stage4"])
+    config = Mask2FormerConfig(
+        backbone_config=backbone, feature_size=64, mask_feature_size=64, hidden_dim=64, encoder_feedforward_dim=128, encoder_layers=2,
+        decoder_layers=4, num_attention_heads=4, dim_feedforward=128, num_queries=(SIZE // CELL) ** 2, dropout=0.0, common_stride=2,
+        id2label=dict(enumerate(SHAPES)), label2id={shape: i for i, shape in enumerate(SHAPES)})
+    model = Segmenter(config).to(device).train()
+    nothing = len(SHAPES)
+
+    classes, masks, images = [], [], []
+    for _ in tqdm(range(20000), desc="pictures"):
+        shot = picture(rng, texts, sign_share=0.5)
+        kinds, found = torch.full((config.num_queries,), nothing), torch.zeros(config.num_queries, SIZE // 2, SIZE // 2, dtype=torch.bool)
+        for shape, _, x, y, size in shot["objects"]:
+            cell = y // CELL * (SIZE // CELL) + x // CELL
+            kinds[cell] = SHAPES.index(shape)
+            small = shape_mask(shape, (x, y, size)).resize((SIZE // 2, SIZE // 2), Image.BOX)
+            found[cell] = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).view(SIZE // 2, SIZE // 2) > 127     # sharp edges: else confidence stays below 0.9
+        classes.append(kinds)
+        masks.append(found)
+        images.append(shot["image"].filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 0.6))) if rng.random() < 0.25 else shot["image"])
+    classes, masks, images = torch.stack(classes), torch.stack(masks), to_tensor(images)
+    rarity = torch.tensor([1.0] * nothing + [0.3], device=device)
+    steps, batch = 1500, 32
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.1)
+    for step in (bar := tqdm(range(steps), desc="detector")):
+        chosen = torch.randint(len(images), (batch,))
+        pixels = images[chosen] + torch.rand(batch, 1, 1, 1) * 0.2 * torch.randn(batch, 3, SIZE, SIZE)
+        kinds, truth = classes[chosen].to(device), masks[chosen].to(device).float()
+        output = model.model(pixel_values=pixels.to(device), output_hidden_states=True)
+        loss = 0.0
+        for states, logits in zip(output.transformer_decoder_intermediate_states, output.masks_queries_logits):
+            scores = model.class_predictor(states.transpose(0, 1))
+            there = kinds != nothing
+            predicted, wanted = logits[there], truth[there]
+            overlap = 1 - (2 * (predicted.sigmoid() * wanted).sum((1, 2)) + 1) / (predicted.sigmoid().sum((1, 2)) + wanted.sum((1, 2)) + 1)
+            loss_class = F.cross_entropy(scores.flatten(0, 1), kinds.flatten(), rarity)
+            loss = loss + loss_class + overlap.mean() + 5 * F.binary_cross_entropy_with_logits(predicted, wanted)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 10 == 0:
+            agree = (scores.argmax(-1) == kinds).all(1).float().mean()
+            bar.set_postfix(loss_class=f"{loss_class.item():.4f}", dice=f"{overlap.mean().item():.3f}", exact=f"{agree.item():.2f}")
+    model.config.architectures = ["Mask2FormerForUniversalSegmentation"]
+    model.eval().save_pretrained(HERE / "detector")
+    Mask2FormerImageProcessorPil(size={"height": SIZE, "width": SIZE}, size_divisor=SIZE, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(HERE / "detector")
+
+
+PARTS = {"prompts": build_prompts, "vae": build_vae, "flow": build_flow, "ocr": build_ocr, "clip": build_clip, "detector": build_detector}
 
 
 def main():
