@@ -320,7 +320,7 @@ def predict_velocity(transformer, latents, sigma, prompt, guidance_scale, empty_
         return transformer(latents, *prompt, timestep, return_dict=False)[0]
     context, pooled = (torch.cat([empty.expand_as(full), full]) for empty, full in zip(empty_prompt, prompt))
     timestep = latents.new_full((2 * len(latents),), sigma * 1000)
-    without, given = transformer(latents.repeat(2, 1, 1, 1), context, pooled, timestep, return_dict=False)[0].chunk(2)
+    without, given = transformer(latents.repeat(2, 1, 1, 1), context, pooled, timestep, return_dict=False)[0].float().chunk(2)
     return without + guidance_scale * (given - without)
 
 
@@ -550,7 +550,7 @@ def save_checkpoint(folder, pipeline, optimizer, average, iteration, keep):
         for key, value in optimizer.state[parameter].items():
             state[f"{key}/{name}"] = value
         if average:
-            state[f"weight/{name}"] = parameter.detach().clone()
+            state[f"weight/{name}"] = parameter.detach().to("cpu", copy=True)
     with averaged(pipeline.transformer, average):
         if before is None:
             pipeline.save_pretrained(partial)
@@ -979,7 +979,7 @@ def main(argv=None):
 
     # After: the same prompts from the same noise, where the model looks, and the curve.
     with averaged(transformer, average):
-        rewards, pictures = evaluate(run, shown, encoded)
+        rewards, pictures = evaluate(run, shown, tuple(each[:len(shown)] for each in encoded))
         before = Image.open(folder / "before.png")
         size = pictures[0].width
         before = [before.crop((i * size, 0, (i + 1) * size, size)) for i in range(len(shown))]

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import star                      # before transformers: it quiets remarks about packages that nothing here needs
-from diffusers import StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from transformers import CLIPImageProcessorPil, Florence2Config, Florence2ForConditionalGeneration, Florence2Processor, PreTrainedTokenizerFast
 
 from rewards import OCR, Detection, GenEval, PickScore, edit_distance, geneval_prompts, judge, make_task, relations, text_reward
@@ -173,6 +173,26 @@ def test_4_map_is_the_brute_force_map(pipeline, guidance_scale):
     assert allocator.map().std() > 1e-3
 
 
+def test_4_map_of_a_transformer_like_sd3_medium_s(pipeline):
+    """Stable Diffusion 3 Medium has no norm on queries and keys, and no second attention in any block."""
+    latents, given, empty, core, _ = scene(pipeline)
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(sample_size=16, patch_size=2, in_channels=8, out_channels=8, num_layers=3, attention_head_dim=32,
+                                        num_attention_heads=4, joint_attention_dim=96, caption_projection_dim=128, pooled_projection_dim=96,
+                                        pos_embed_max_size=8)
+    attention, caught = transformer.transformer_blocks[1].attn, {}
+    for name in ("to_q", "to_k", "add_k_proj"):
+        getattr(attention, name).weight.data *= 8                     # so that the attention is not the same everywhere
+        getattr(attention, name).register_forward_hook(lambda module, inputs, output, name=name: caught.__setitem__(name, output))
+    with torch.no_grad(), star.AttentionAllocator(transformer, core, [1]) as allocator:
+        star.predict_velocity(transformer, latents, 0.7, given, 1.0, empty)
+    query, key, text = (caught[name].unflatten(-1, (4, 32)).transpose(1, 2) for name in ("to_q", "to_k", "add_k_proj"))
+    weights = (query @ torch.cat([key, text], dim=2).transpose(2, 3) / math.sqrt(32)).softmax(-1)[..., 64:]
+    expected = (weights * core[:, None, None, :]).sum(-1).mean(1)
+    torch.testing.assert_close(allocator.map(), expected, atol=1e-5, rtol=0)
+    assert allocator.map().std() > 1e-3
+
+
 def test_4_rollout_keeps_each_step_s_own_map(pipeline):
     result, given, empty, sigmas, steps = painted(pipeline, 3.0)
     core = scene(pipeline)[3]
@@ -256,7 +276,7 @@ def test_8_advantages(global_std):
 
 
 SMALL = ["--task", "ocr", "--iterations", "4", "--prompts-per-iteration", "2", "--group-size", "4", "--batch-size", "4", "--steps", "4",
-         "--stochastic-range", "0-2", "--stochastic-steps", "2", "--evaluate-every", "2", "--evaluation-prompts", "8", "--save-every", "1"]
+         "--stochastic-range", "0-2", "--stochastic-steps", "2", "--evaluate-every", "2", "--evaluation-prompts", "10", "--save-every", "1"]
 
 
 def without_seconds(folder):
