@@ -763,8 +763,8 @@ def load(args, task, checkpoint):
     without = {} if args.t5 else {"text_encoder_3": None, "tokenizer_3": None}
     pipeline = StableDiffusion3Pipeline.from_pretrained(
         checkpoint or beside(args.model), dtype={"transformer": torch.float32, "vae": torch.float32, "default": frozen}, **without)
-    transformer = pipeline.transformer.to(device)
-    pipeline.vae.to(device).requires_grad_(False)
+    transformer = pipeline.transformer.to(device, torch.float32)         # again: a checkpoint of mixed dtypes keeps them through loading
+    pipeline.vae.to(device, torch.float32).requires_grad_(False)
     pipeline.vae.enable_slicing()                    # decode one picture at a time: at 512 pixels each takes gigabytes
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
@@ -774,7 +774,7 @@ def load(args, task, checkpoint):
             block.compile()
     start_transformer = None
     if args.kl_weight > 0:
-        start_transformer = SD3Transformer2DModel.from_pretrained(beside(args.model), subfolder="transformer", dtype=frozen).requires_grad_(False)
+        start_transformer = SD3Transformer2DModel.from_pretrained(beside(args.model), subfolder="transformer", dtype=frozen).to(frozen).requires_grad_(False)
     task.load(device if args.reward_device == "auto" else torch.device(args.reward_device))
     if args.optimizer == "adamw":
         optimizer = torch.optim.AdamW(transformer.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=device.type == "cuda")

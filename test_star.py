@@ -8,6 +8,7 @@ import json
 import math
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image, ImageStat
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import star                      # before transformers: it quiets remarks about packages that nothing here needs
@@ -415,6 +416,18 @@ def test_without_t5(pipeline, tmp_path):
     assert context.shape == (2, 48, 96) and (context[:, 24:] == 0).all() and (context[:, :24] != 0).any()
     mask = star.core_tokens_of(trained, OCR(), PROMPTS, 24)
     assert torch.equal(mask[:, :24], star.core_tokens_of(pipeline, OCR(), PROMPTS, 24)[:, :24]) and not mask[:, 24:].any()
+
+
+def test_the_trained_weights_are_float32_whatever_the_file_holds(tmp_path):
+    """Checkpoints come in bfloat16, some with a buffer in float32; a learning rate of 1e-5 would be lost in bfloat16 weights."""
+    shutil.copytree(HERE / "tiny/sd3", tmp_path / "model")
+    file = tmp_path / "model/transformer/diffusion_pytorch_model.safetensors"
+    save_file({key: value if key == "pos_embed.pos_embed" else value.bfloat16() for key, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    args = star.parse_arguments(["--model", str(tmp_path / "model"), "--precision", "bfloat16", "--kl-weight", "0.1"])[0]
+    run = star.load(args, star.check(args), None)
+    dtypes = {name: {parameter.dtype for parameter in part.parameters()} for name, part in (
+        ("transformer", run.pipeline.transformer), ("vae", run.pipeline.vae), ("text_encoder", run.pipeline.text_encoder), ("start", run.start_transformer))}
+    assert dtypes == {"transformer": {torch.float32}, "vae": {torch.float32}, "text_encoder": {torch.bfloat16}, "start": {torch.bfloat16}}
 
 
 def test_low_memory_in_bfloat16(tmp_path):
