@@ -65,19 +65,24 @@ class Task:
     def __init__(self, prompts: str = None, heldout_prompts: str = None, model: str = None):
         self.files = [prompts or self.own_file(""), heldout_prompts or self.own_file("_heldout")]
         self.prompts, self.heldout_prompts = ([prompt for _, prompt in read_prompts(file)] for file in self.files)
-        self.model_names = model.split(",") if model else [str(TINY / name) for name in self.own_models]
+        self.model_names = str(model).split(",") if model else [str(TINY / name) for name in self.own_models]
 
     def own_file(self, ending: str) -> str:
         return str(TINY / "prompts" / f"{self.own_prompts}{ending}.txt")
 
     def core_spans(self, prompt: str) -> list[tuple[int, int]]:
-        return [match.span() for match in re.finditer(r"[^\W_]+(?:['’-][^\W_]+)*", prompt) if match.group().lower() not in FUNCTION_WORDS]
+        return content_word_spans(prompt)
 
     def load(self, device):
         pass
 
     def report(self, images: list, prompts: list[str]) -> dict[str, float]:
         return {}
+
+
+def content_word_spans(prompt: str) -> list[tuple[int, int]]:
+    """The (start, end) of every word of the prompt that is not a function word."""
+    return [match.span() for match in re.finditer(r"[^\W_]+(?:['’-][^\W_]+)*", prompt) if match.group().lower() not in FUNCTION_WORDS]
 
 
 FUNCTION_WORDS = set("""a an the this that these those some any each every no of in on at by for from to into onto with without within over under
@@ -109,6 +114,12 @@ def text_reward(read: str, target: str) -> float:
     return 1 - min(edit_distance(read, target), len(target)) / len(target)
 
 
+def quoted_span(prompt: str) -> list[tuple[int, int]]:
+    """The (start, end) of the first text between straight double quotes, without them; an empty list if there is none."""
+    found = re.search(r'"([^"]*[^"\s][^"]*)"', prompt)
+    return [found.span(1)] if found else []
+
+
 class OCR(Task):
     """Write the text that stands between straight double quotes in the prompt. `model`: an image-to-text reader."""
 
@@ -124,9 +135,7 @@ class OCR(Task):
                                  + (f" (and {len(without) - 1} more such lines)" if len(without) > 1 else ""))
 
     def core_spans(self, prompt: str) -> list[tuple[int, int]]:
-        """The (start, end) of the first quoted text, without its quotes; an empty list if there is none."""
-        found = re.search(r'"([^"]*[^"\s][^"]*)"', prompt)
-        return [found.span(1)] if found else []
+        return quoted_span(prompt)
 
     def load(self, device):
         self.processor = AutoProcessor.from_pretrained(self.model_names[0])
@@ -289,7 +298,7 @@ class GenEval(Task):
     own_models = ("detector", "clip")
 
     def __init__(self, prompts: str = None, heldout_prompts: str = None, model: str = None):
-        self.model_names = model.split(",") if model else [str(TINY / name) for name in self.own_models]
+        self.model_names = str(model).split(",") if model else [str(TINY / name) for name in self.own_models]
         if len(self.model_names) != 2:
             raise ValueError(f"--reward-model {model} must name two models for geneval, DETECTOR,CLIP.")
         try:
@@ -367,7 +376,7 @@ class GenEval(Task):
     def colour_prompts(self, name: str) -> torch.Tensor:
         """Per colour, the mean of the three official prompts' directions, [10, D]."""
         texts = [prompt.format(colour=colour, name=name) for colour in COLOURS for prompt in COLOUR_PROMPTS]
-        inputs = self.clip_processor(text=texts, padding=True, return_tensors="pt").to(self.clip.device)
+        inputs = self.clip_processor(text=texts, padding=True, truncation=True, return_tensors="pt").to(self.clip.device)
         return unit(unit(self.clip.get_text_features(**inputs)).view(len(COLOURS), 3, -1).mean(1))
 
     def clip_images(self, images: list) -> torch.Tensor:

@@ -43,7 +43,7 @@ from tqdm import tqdm
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
-from rewards import make_task, parts_of
+from rewards import content_word_spans, make_task, parts_of, quoted_span
 
 HERE = Path(__file__).parent
 diffusers_logging.disable_progress_bar()
@@ -88,7 +88,7 @@ class Arguments:
     steps: int = option(10, "T, denoising steps")
     evaluation_steps: int = option(10, "denoising steps of the pictures painted for evaluation")
     stochastic_steps: int = option(3, "S, how many of these steps are stochastic and trained in each iteration")
-    stochastic_range: str = option("0-6", "first and last step that may be stochastic")
+    stochastic_range: str = option("0-3", "first and last step that may be stochastic")
     stochastic_choice: str = option("window", "consecutive steps (window) or any (random), drawn anew in each iteration", ("window", "random"))
     noise_level: float = option(0.7, "a, strength of the noise of a stochastic step")
     guidance_scale: float = option(1.0, "classifier-free guidance in sampling, training and evaluation; 1 is none")
@@ -169,10 +169,10 @@ def core_token_mask(prompt, spans, clip_tokenizer, t5_tokenizer, max_sequence_le
     return torch.tensor(masks)
 
 
-def core_tokens_of(pipeline, task, prompts, max_sequence_length) -> torch.Tensor:
-    """`core_token_mask` of each prompt, by the pipeline's tokenizers and the task's core words: bool [B, L]."""
-    return torch.stack([core_token_mask(prompt, task.core_spans(prompt), pipeline.tokenizer, pipeline.tokenizer_3, max_sequence_length)
-                        for prompt in prompts])
+def core_tokens_of(pipeline, prompts, spans, max_sequence_length) -> torch.Tensor:
+    """`core_token_mask` of each prompt and its spans by the pipeline's tokenizers: bool [B, L]."""
+    return torch.stack([core_token_mask(prompt, core, pipeline.tokenizer, pipeline.tokenizer_3, max_sequence_length)
+                        for prompt, core in zip(prompts, spans)])
 
 
 # ---------------------------------------------------------------------------------------------------- AttentionAllocator
@@ -484,6 +484,13 @@ def draw_samples(before, after, prompts, path):
     draw_table(rows, path)
 
 
+def overlay(picture, strength, colour=(230, 30, 30)):
+    """The picture in grey with `colour` laid over it, as strongly as `strength` [h, w] in [0, 1] says."""
+    tile = picture.convert("L").convert("RGB")
+    tile.paste(colour, (0, 0), Image.fromarray((strength * 200).byte().cpu().numpy()).resize(tile.size, Image.NEAREST))
+    return tile
+
+
 def draw_maps(predicted, maps, finals, prompts, sigmas, path):
     """maps.png: a row per rollout; a column per step shows the picture the model predicts there, the map laid over it in red.
 
@@ -493,24 +500,39 @@ def draw_maps(predicted, maps, finals, prompts, sigmas, path):
     for number, prompt in enumerate(prompts):
         rows.append([])
         for step, pictures in enumerate(predicted):
-            heat = maps[number, step] / maps[number, step].max().clamp_min(1e-8)         # all zero where truncation cut the core words off
-            heat = Image.fromarray((heat * 200).byte().cpu().numpy())
-            tile = pictures[number].convert("L").convert("RGB")
-            tile.paste((230, 30, 30), (0, 0), heat.resize(tile.size, Image.NEAREST))
+            tile = overlay(pictures[number], maps[number, step] / maps[number, step].max().clamp_min(1e-8))     # all zero where truncation cut the core words off
             rows[-1].append((tile, f"step {step}, sigma {sigmas[step]:.2f}" + ("\n" + prompt if step == 0 else "")))
         rows[-1].append((finals[number], "final picture"))
     draw_table(rows, path, side=128)
 
 
 def draw_curve(runs, path):
-    """curve.png: reward against pictures seen. `runs` are (name, list of metrics); thick: held-out, thin: training."""
+    """curve.png: held-out reward against pictures seen. `runs` are (name, list of metrics).
+
+    Runs that differ in their seed alone share a line, their mean, and a band from the least to the most of them. One or
+    two single runs also show the reward of their training prompts, as a thin line.
+    """
     width, height, left, top, right, bottom = 900, 480, 60, 24, 240, 50
-    canvas = Image.new("RGB", (width, height), "white")
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
-    most = max(line["images"] for _, lines in runs for line in lines) or 1
-    rewards = [line[key] for _, lines in runs for line in lines for key in ("heldout_reward", "reward_mean") if key in line]
+    kinds = {}
+    for name, lines in runs:
+        kinds.setdefault(name.rstrip("0123456789").rstrip("-"), []).append((name, lines))
+    with_training = len(runs) < 3
+    curves = []                                             # (kind's name, key, [(pictures, rewards of all seeds there)])
+    for kind, same in kinds.items():
+        for key in ("heldout_reward", "reward_mean") if with_training else ("heldout_reward",):
+            points = {}
+            for _, lines in same:
+                for line in lines:
+                    if key in line:
+                        points.setdefault(line["images"], []).append(line[key])
+            curves.append((same[0][0] if len(same) == 1 else f"{kind}, {len(same)} seeds", key, sorted(points.items())))
+    most = max(images for _, _, points in curves for images, _ in points) or 1
+    rewards = [reward for _, _, points in curves for _, values in points for reward in values]
     low, high = (0, 1) if 0 <= min(rewards) and max(rewards) <= 1 else (min(rewards), max(rewards) + 1e-6)
     place = lambda images, reward: (left + images / most * (width - left - right), height - bottom - (reward - low) / (high - low) * (height - top - bottom))
+
+    canvas = Image.new("RGB", (width, height), "white")
+    draw, font = ImageDraw.Draw(canvas, "RGBA"), ImageFont.load_default(13)
     for tick in range(0, 6):
         images, reward = most * tick / 5, low + (high - low) * tick / 5
         draw.line([place(0, reward), place(most, reward)], fill="#dddddd")
@@ -518,19 +540,18 @@ def draw_curve(runs, path):
         draw.text((place(images, low)[0], height - bottom + 8), f"{images:.0f}", "black", font, anchor="mt")
     draw.text((left, 4), "reward", "black", font)
     draw.text(((left + width - right) / 2, height - 22), "pictures seen in training", "black", font, anchor="mt")
-    colours = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2"]
-    kinds = [name.rstrip("0123456789").rstrip("-") for name, _ in runs]                  # runs that differ in their seed share a colour
-    for number, kind in enumerate(dict.fromkeys(kinds)):
-        colour, same = colours[number % len(colours)], [run for run, other in zip(runs, kinds) if other == kind]
-        for name, lines in same:
-            for key, thickness in (("reward_mean", 1), ("heldout_reward", 3)):
-                points = [place(line["images"], line[key]) for line in lines if key in line]
-                if key == "heldout_reward" or len(runs) < 3:
-                    draw.line(points, fill=colour, width=thickness)
-            for x, y in points:
-                draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill=colour)
-        draw.text((width - right + 14, top + 18 * number), name if len(same) == 1 else f"{kind}, {len(same)} seeds", colour, font)
-    draw.text((width - right + 14, height - bottom), "thick: held-out prompts" + "\nthin: training prompts" * (len(runs) < 3), "#555555", font, anchor="ld")
+    names = list(dict.fromkeys(name for name, _, _ in curves))
+    palette = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2"]
+    colours = {name: palette[number % len(palette)] for number, name in enumerate(names)}
+    for name, _, points in curves:
+        if any(len(values) > 1 for _, values in points):
+            draw.polygon([place(x, min(values)) for x, values in points] + [place(x, max(values)) for x, values in reversed(points)], fill=colours[name] + "28")
+    for name, key, points in curves:
+        draw.line([place(x, statistics.mean(values)) for x, values in points], fill=colours[name], width=3 if key == "heldout_reward" else 1)
+    for number, name in enumerate(names):
+        draw.text((width - right + 14, top + 18 * number), name, colours[name], font)
+    note = "thick: held-out prompts\nthin: training prompts" if with_training else "held-out prompts: mean of the\nseeds, band from least to most"
+    draw.text((width - right + 14, height - bottom), note, "#555555", font, anchor="ld")
     canvas.save(path)
 
 
@@ -617,7 +638,7 @@ def metrics_line(values):
 # ------------------------------------------------------------------------------------------------------------------ main
 
 def parse_arguments(argv=None):
-    """The run's Arguments, the folders given to --plot, and the repeats asked for with --benchmark."""
+    """The run's Arguments, and what was asked for instead of a run: a namespace of plot, benchmark, maps and words."""
     parser = argparse.ArgumentParser(usage="python star.py --task ocr [--option value ...]", description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for item in fields(Arguments):
@@ -631,6 +652,8 @@ def parse_arguments(argv=None):
     others = parser.add_argument_group("instead of a run")
     others.add_argument("--plot", nargs="+", metavar="RUN", help="draw the curves of these runs' folders into one curve.png and end")
     others.add_argument("--benchmark", nargs="?", type=int, const=5, metavar="REPEATS", help="time iterations of uniform and of spatial in turn, REPEATS of each")
+    others.add_argument("--maps", metavar="PROMPT", help="paint this prompt, draw where the model looks for its words into maps.png, and end")
+    others.add_argument("--words", help="for --maps: the words to look for; by default what stands in quotation marks, or else the content words")
     given = parser.parse_args(argv)
     if not given.plot:
         if read_model(given.model)[0]["sample_size"] >= 64:
@@ -639,8 +662,8 @@ def parse_arguments(argv=None):
         if given.low_memory:
             parser.set_defaults(**LOW_MEMORY)
     values = vars(parser.parse_args(argv))
-    plot, benchmark = values.pop("plot"), values.pop("benchmark")
-    return Arguments(**values), plot, benchmark
+    instead = argparse.Namespace(**{name: values.pop(name) for name in ("plot", "benchmark", "maps", "words")})
+    return Arguments(**values), instead
 
 
 def beside(name):
@@ -661,7 +684,7 @@ def read_model(name):
 
 
 def check(args):
-    """Everything that can be said before anything heavy is loaded. Returns the task."""
+    """Everything that can be said of the settings and the model before anything heavy is loaded."""
     for name, value in asdict(args).items():
         if type(value) is int and value < 1 and name != "seed":
             stop(f"--{name.replace('_', '-')} is {value}; it is a count and must be 1 or more.")
@@ -690,6 +713,10 @@ def check(args):
         stop(f"--map-blocks {args.map_blocks} names a block that the model has not: its blocks are 0 to {count - 1}.")
     if args.height and args.height % multiple:
         stop(f"--height is {args.height}; pictures of this model have sides that are multiples of {multiple} pixels.")
+
+
+def check_task(args):
+    """The task, not loaded yet, after everything that can be said of its prompts and its reward model."""
     try:
         models = [",".join(map(beside, model.split(","))) for model in args.reward_model.split(";")] if args.reward_model else []
         task = make_task(args.task, beside(args.prompts), beside(args.heldout_prompts), [model or None for model in models])
@@ -714,7 +741,7 @@ def stochastic_range(args):
     try:
         first, last = (int(part) for part in args.stochastic_range.split("-"))
     except ValueError:
-        stop(f"--stochastic-range {args.stochastic_range} is not of the form FIRST-LAST, such as 0-6.")
+        stop(f"--stochastic-range {args.stochastic_range} is not of the form FIRST-LAST, such as 0-3.")
     return first, last
 
 
@@ -756,7 +783,10 @@ class Run:
 
 
 def load(args, task, checkpoint):
-    """The pipeline, of which only the transformer is trained (float32 weights) and stays on the device with the VAE, and what goes with it."""
+    """The pipeline, of which only the transformer is trained (float32 weights) and stays on the device with the VAE, and what goes with it.
+
+    `task` is None where nothing is judged, `checkpoint` where a run begins.
+    """
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
     bfloat16 = args.precision == "bfloat16" or (args.precision == "auto" and device.type == "cuda")
     frozen = torch.bfloat16 if bfloat16 else torch.float32
@@ -775,7 +805,8 @@ def load(args, task, checkpoint):
     start_transformer = None
     if args.kl_weight > 0:
         start_transformer = SD3Transformer2DModel.from_pretrained(beside(args.model), subfolder="transformer", dtype=frozen).to(frozen).requires_grad_(False)
-    task.load(device if args.reward_device == "auto" else torch.device(args.reward_device))
+    if task is not None:
+        task.load(device if args.reward_device == "auto" else torch.device(args.reward_device))
     if args.optimizer == "adamw":
         optimizer = torch.optim.AdamW(transformer.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=device.type == "cuda")
     else:       # eps[1] = 1: a step is as long as the learning rate says, not in proportion to the weights
@@ -827,7 +858,7 @@ def iterate(run, iteration, allocation):
     else:
         trained = sorted((first_step + torch.randperm(last_step - first_step + 1, generator=generator)[:args.stochastic_steps]).tolist())
     context, pooled = encode(run.pipeline, prompts, args.max_sequence_length)
-    core = core_tokens_of(run.pipeline, run.task, prompts, args.max_sequence_length).to(run.device)
+    core = core_tokens_of(run.pipeline, prompts, map(run.task.core_spans, prompts), args.max_sequence_length).to(run.device)
     watch.lap("encode")
 
     # 2. Paint a group of pictures for each; keep the trajectories.
@@ -912,16 +943,15 @@ def patient_interrupt():
 
 
 def main(argv=None):
-    args, runs, repeats = parse_arguments(argv)
-    if runs:
-        for name in runs:
-            if not (Path(name) / "metrics.jsonl").is_file():
-                stop(f"--plot {name}: there is no metrics.jsonl in that folder.")
-        draw_curve([(Path(name).name, read_metrics(Path(name))) for name in runs], Path(args.out or ".") / "curve.png")
-        return print("wrote", Path(args.out or ".") / "curve.png")
-    task = check(args)
-    if repeats:
-        return benchmark(load(args, task, None), repeats)
+    args, instead = parse_arguments(argv)
+    if instead.plot:
+        return plot(instead.plot, Path(args.out or "."))
+    check(args)
+    if instead.maps:
+        return maps_of(args, instead.maps, instead.words)
+    task = check_task(args)
+    if instead.benchmark:
+        return benchmark(load(args, task, None), instead.benchmark)
     folder = Path(args.out or f"runs/{re.sub('[^A-Za-z0-9.]+', '-', args.task)}-{args.allocation}-{args.seed}")
     checkpoint = open_run(args, folder)
     run = load(args, task, checkpoint)
@@ -958,7 +988,7 @@ def main(argv=None):
             if iteration % args.evaluate_every == 0 or last:
                 with averaged(transformer, average):
                     rewards, pictures = evaluate(run, heldout, encoded)
-                line |= mean_and_error("heldout_reward", rewards) | ({"report": task.report(pictures, heldout)} if last else {})
+                line |= mean_and_error("heldout_reward", rewards) | {"report": task.report(pictures, heldout)}
             with metrics.open("a") as file:
                 file.write(metrics_line(line))
             bar.set_postfix(reward=f"{line['reward_mean']:.3f}", **({"heldout": f"{line['heldout_reward']:.3f}"} if "heldout_reward" in line else {}))
@@ -984,7 +1014,7 @@ def main(argv=None):
         size = pictures[0].width
         before = [before.crop((i * size, 0, (i + 1) * size, size)) for i in range(len(shown))]
         draw_samples((before, task.reward(before, shown)), (pictures, rewards), shown, folder / "samples.png")
-        show_maps(run, shown[:4], folder / "maps.png")
+        show_maps(run, shown[:4], [task.core_spans(prompt) for prompt in shown[:4]], folder / "maps.png")
     lines = read_metrics(folder)
     draw_curve([(folder.name, lines)], folder / "curve.png")
     measured = [line["heldout_reward"] for line in lines if "heldout_reward" in line]
@@ -994,11 +1024,11 @@ def main(argv=None):
           f" {last_checkpoint(folder).name}/ in {folder}")
 
 
-def show_maps(run, prompts, path):
-    """Paint a few prompts by the plain flow while recording the map of every step, and draw maps.png."""
+def show_maps(run, prompts, spans, path):
+    """Paint a few prompts by the plain flow while recording the map of every step for the words at `spans`, and draw maps.png."""
     args, pipeline = run.args, run.pipeline
     generator = torch.Generator().manual_seed(args.seed)
-    core = core_tokens_of(pipeline, run.task, prompts, args.max_sequence_length).to(run.device)
+    core = core_tokens_of(pipeline, prompts, spans, args.max_sequence_length).to(run.device)
     latents = torch.randn(len(prompts), *run.shape, generator=generator).to(run.device)
     sigmas = schedule(pipeline, args.steps)
     encoded = encode(pipeline, prompts, args.max_sequence_length)
@@ -1010,6 +1040,27 @@ def show_maps(run, prompts, path):
         velocity = (painted.latents[:, step + 1] - painted.latents[:, step]) / (sigma_next - sigma)
         predicted.append(decode(pipeline.vae, painted.latents[:, step] - sigma * velocity))
     draw_maps(predicted, painted.maps, decode(pipeline.vae, painted.latents[:, -1]), prompts, sigmas, path)
+
+
+def maps_of(args, prompt, words):
+    """--maps: the model as it is, one prompt, one maps.png."""
+    spans = [match.span() for match in re.finditer(re.escape(words), prompt)] if words else quoted_span(prompt) or content_word_spans(prompt)
+    if not spans:
+        stop(f"--maps {prompt}: " + (f"the words {words} do not occur in it." if words else "it has no words to look for."))
+    path = Path(args.out or ".") / "maps.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    show_maps(load(args, None, None), [prompt], [spans], path)
+    print(f"wrote {path}: attention to", ", ".join(prompt[start:end] for start, end in spans))
+
+
+def plot(folders, out):
+    """--plot: the curves of several runs in one curve.png."""
+    for name in folders:
+        if not (Path(name) / "metrics.jsonl").is_file():
+            stop(f"--plot {name}: there is no metrics.jsonl in that folder.")
+    out.mkdir(parents=True, exist_ok=True)
+    draw_curve([(Path(name).name, read_metrics(Path(name))) for name in folders], out / "curve.png")
+    print("wrote", out / "curve.png")
 
 
 # ------------------------------------------------------------------------------------------------------------- benchmark

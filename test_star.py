@@ -25,7 +25,7 @@ import star                      # before transformers: it quiets remarks about 
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from transformers import CLIPImageProcessorPil, Florence2Config, Florence2ForConditionalGeneration, Florence2Processor, PreTrainedTokenizerFast
 
-from rewards import OCR, Detection, GenEval, PickScore, edit_distance, geneval_prompts, judge, make_task, relations, text_reward
+from rewards import OCR, Detection, GenEval, PickScore, edit_distance, geneval_prompts, judge, make_task, quoted_span, relations, text_reward
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "tiny"))
@@ -49,8 +49,7 @@ def scene(pipeline, prompts=PROMPTS, length=24):
     """Starting noise, encoded prompts, the encoded empty prompt, core tokens and sigmas for two pictures."""
     torch.manual_seed(0)
     latents = torch.randn(len(prompts), 8, 16, 16)
-    core = torch.stack([star.core_token_mask(prompt, OCR.core_spans(None, prompt), pipeline.tokenizer, pipeline.tokenizer_3, length)
-                        for prompt in prompts])
+    core = star.core_tokens_of(pipeline, prompts, map(quoted_span, prompts), length)
     pipeline.scheduler.set_timesteps(6)
     with torch.no_grad():
         given, empty = star.encode(pipeline, prompts, length), star.encode(pipeline, [""], length)
@@ -414,8 +413,8 @@ def test_without_t5(pipeline, tmp_path):
     assert trained.text_encoder_3 is None and star.read_metrics(tmp_path)[1]["ratio_mean"] == 1
     context = star.encode(trained, PROMPTS, 24)[0]
     assert context.shape == (2, 48, 96) and (context[:, 24:] == 0).all() and (context[:, :24] != 0).any()
-    mask = star.core_tokens_of(trained, OCR(), PROMPTS, 24)
-    assert torch.equal(mask[:, :24], star.core_tokens_of(pipeline, OCR(), PROMPTS, 24)[:, :24]) and not mask[:, 24:].any()
+    mask = star.core_tokens_of(trained, PROMPTS, map(quoted_span, PROMPTS), 24)
+    assert torch.equal(mask[:, :24], star.core_tokens_of(pipeline, PROMPTS, map(quoted_span, PROMPTS), 24)[:, :24]) and not mask[:, 24:].any()
 
 
 def test_the_trained_weights_are_float32_whatever_the_file_holds(tmp_path):
@@ -424,7 +423,7 @@ def test_the_trained_weights_are_float32_whatever_the_file_holds(tmp_path):
     file = tmp_path / "model/transformer/diffusion_pytorch_model.safetensors"
     save_file({key: value if key == "pos_embed.pos_embed" else value.bfloat16() for key, value in load_file(file).items()}, file, metadata={"format": "pt"})
     args = star.parse_arguments(["--model", str(tmp_path / "model"), "--precision", "bfloat16", "--kl-weight", "0.1"])[0]
-    run = star.load(args, star.check(args), None)
+    run = star.load(args, None, None)
     dtypes = {name: {parameter.dtype for parameter in part.parameters()} for name, part in (
         ("transformer", run.pipeline.transformer), ("vae", run.pipeline.vae), ("text_encoder", run.pipeline.text_encoder), ("start", run.start_transformer))}
     assert dtypes == {"transformer": {torch.float32}, "vae": {torch.float32}, "text_encoder": {torch.bfloat16}, "start": {torch.bfloat16}}
@@ -592,6 +591,12 @@ def test_detector_finds_the_world_s_objects(geneval):
         assert sum(overlaps) / len(overlaps) > 0.5         # masks of 2-pixel squares, objects of 6 or 7 pixels
 
 
+def test_detector_does_not_know_faded_objects(geneval):
+    shots = world(100, fresh_objects=0.0, sign_share=0.0)
+    found = geneval.detect([shot["image"] for shot in shots])
+    assert sum(len(ones) for objects in found for ones in objects.values()) < 0.1 * sum(len(shot["objects"]) for shot in shots)
+
+
 def test_colours_of_the_world(geneval):
     shots, right, number = world(200, seed=5), 0, 0
     for shot, found in zip(shots, geneval.detect([shot["image"] for shot in shots])):
@@ -647,7 +652,7 @@ def test_geneval_makes_prompts_from_a_detector_s_labels():
 def test_pickscore_prefers_the_right_caption_and_the_clean_picture():
     task = PickScore()
     task.load("cpu")
-    shots, rng = world(200), random.Random(1)
+    shots, rng = world(200, fresh_signs=1.0), random.Random(1)
     images, captions = [shot["image"] for shot in shots], [shot["caption"] for shot in shots]
     right = task.reward(images, captions)
     assert (right > task.reward(images, captions[1:] + captions[:1])).float().mean() >= 0.95
@@ -695,7 +700,7 @@ def test_core_tokens_are_the_target_in_both_tokenizers(pipeline):
 
 def test_core_tokens_of_a_truncated_target(pipeline):
     prompt = "a wall " * 9 + 'with a sign "K7Q"'                          # 18 tokens, "with a sign" and the quote are 22
-    spans = OCR.core_spans(None, prompt)
+    spans = quoted_span(prompt)
     mask = star.core_token_mask(prompt, spans, pipeline.tokenizer, pipeline.tokenizer_3, 24)
     assert mask[:24].sum() == 0            # CLIP: start, 22 tokens, and its end takes the last place
     assert mask[24:].sum() == 1            # T5 has no start token, so the K still fits
@@ -705,9 +710,9 @@ def test_core_tokens_of_a_truncated_target(pipeline):
 
 def test_core_spans():
     prompt = 'a sign "Hello World" and a sign "two"'
-    (start, end), = OCR.core_spans(None, prompt)
+    (start, end), = quoted_span(prompt)
     assert prompt[start:end] == "Hello World"
-    assert OCR.core_spans(None, "no quotes") == OCR.core_spans(None, 'empty "" quotes') == []
+    assert quoted_span("no quotes") == quoted_span('empty "" quotes') == []
 
 
 # ---------------------------------------------------------------------------------------------------------- OCR reward
@@ -824,6 +829,19 @@ def test_plot_of_several_runs(finished_run, tmp_path):
     assert Image.open(tmp_path / "curve.png").size == (900, 480)
 
 
+def test_maps_command(tmp_path, capsys):
+    """By default the quoted words, or else the content words, or those given; other words give another picture."""
+    pictures = []
+    for number, (arguments, says) in enumerate([(['a blue wall with a white sign "K7Q" and a red ball'], "attention to K7Q"),
+                                                (['a blue wall with a white sign "K7Q" and a red ball', "--words", "red ball"], "attention to red ball"),
+                                                (["a wall with two red balls"], "attention to wall, two, red, balls")]):
+        star.main(["--maps", *arguments, "--steps", "4", "--stochastic-range", "0-2", "--out", str(tmp_path / str(number))])
+        assert says in capsys.readouterr().out
+        pictures.append(Image.open(tmp_path / str(number) / "maps.png"))
+    assert pictures[0].size == pictures[1].size and pictures[0].tobytes() != pictures[1].tobytes()
+    assert not list(tmp_path.rglob("config.json")), "no run was begun"
+
+
 def test_updates_raise_the_probability_of_the_better_picture(pipeline):
     """A step along the loss's gradient makes the winner's transitions likelier than the loser's."""
     pipeline = copy.deepcopy(pipeline)
@@ -886,6 +904,8 @@ def test_updates_that_are_not_finite_are_skipped_and_end_the_run(tmp_path, capsy
     (["--task", "ocr:-1,pickscore:2"], "the weights must be 0 or more"),
     (["--task", "pickscore,ocr"], "has no text between straight double quotes"),
     (["--plot", "nowhere"], "no metrics.jsonl"),
+    (["--maps", "a blue box", "--words", "red"], "--maps a blue box: the words red do not occur in it"),
+    (["--maps", "of the"], "it has no words to look for"),
 ])
 def test_bad_input_is_one_clear_sentence(arguments, says, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -2,10 +2,11 @@
 
 The miniatures are small enough for a CPU but have the classes and file formats of the real models, so `star.py` needs
 one code path only. They live in a world of 32 x 32 pictures: a coloured wall, often a sign with three characters on it,
-and balls, boxes and triangles in several colours, counts and relations. Two signs of three are faded, as many pictures
-on the web are; the caption states their text all the same. A flow model trained on such pictures knows how to write,
-but writes legibly only half of the time: this is what reinforcement learning is given to mend. Pictures that lost their
-caption are never the legible ones, so guidance, which moves away from what has no caption, moves towards legible writing.
+and balls, boxes and triangles in several colours, counts and relations. About half of the signs and half of the objects
+are faded, as much paint in the world is; the caption states them all the same. A flow model trained on such pictures
+knows how to write and what to paint, but often does so too faintly to be read or recognised: this is what reinforcement
+learning is given to mend. Pictures that lost their caption never show fresh paint, so guidance, which moves away from
+what has no caption, moves towards it.
 
 The parts, in the order in which they need each other (`--only PART` makes one of them again):
     prompts   tiny/prompts/*.txt     training and held-out prompts, with disjoint sign texts
@@ -13,7 +14,7 @@ The parts, in the order in which they need each other (`--only PART` makes one o
     flow      tiny/sd3               the rest of a StableDiffusion3Pipeline, trained with the flow-matching loss
     ocr       tiny/ocr               VisionEncoderDecoderModel that reads the sign
     clip      tiny/clip              CLIPModel that scores pictures and names colours
-    detector  tiny/detector          Mask2Former that finds the objects
+    detector  tiny/detector          Mask2Former that finds the objects that are not too faded
 """
 import argparse
 import json
@@ -143,11 +144,15 @@ def make_plan(rng, texts, sign_share=0.7):
     return wall, sign, groups, relation
 
 
-def draw_plan(rng, plan, opacity):
-    """Draw a plan. Returns (image, sign box (x, y) or None, objects [(shape, colour, x, y, size)]), or None if full."""
+def draw_plan(rng, plan, opacity, strength=1.0):
+    """Draw a plan, its writing with this opacity and its objects with this strength of colour.
+
+    Returns (image, sign box (x, y) or None, objects [(shape, colour, x, y, size)]), or None if full.
+    """
     wall, sign, groups, relation = plan
     shade = rng.uniform(0.9, 1.0)
-    image = Image.new("RGB", (SIZE, SIZE), tuple(round(c * shade) for c in COLOURS[wall]))
+    paint = tuple(round(c * shade) for c in COLOURS[wall])
+    image = Image.new("RGB", (SIZE, SIZE), paint)
     draw = ImageDraw.Draw(image)
     taken, objects, place = [], [], None
     if sign:
@@ -163,29 +168,30 @@ def draw_plan(rng, plan, opacity):
             spot = free_cell(rng, taken, fits)
             if spot is None:
                 return None
-            draw_shape(draw, shape, spot, COLOURS[colour])
+            draw_shape(draw, shape, spot, tuple(round(a + strength * (b - a)) for a, b in zip(paint, COLOURS[colour])))
             taken.append((spot[0] // CELL * CELL, spot[1] // CELL * CELL, CELL, CELL))
             objects.append((shape, colour, *spot))
     return image, place, objects
 
 
-def random_opacity(rng, legible_share=0.5):
-    """Signs are freshly painted, or else too faded to read."""
-    return rng.uniform(0.75, 1.0) if rng.random() < legible_share else rng.uniform(0.0, 0.35)
+def random_opacity(rng, fresh_share=0.5):
+    """Paint is fresh, or else too faded to be read or recognised."""
+    return rng.uniform(0.75, 1.0) if rng.random() < fresh_share else rng.uniform(0.0, 0.35)
 
 
-def picture(rng, texts, opacity=None, sign_share=0.7, legible_share=0.5):
-    """One picture of the world: dict of image, caption, text ("" without a sign), opacity, place, objects."""
+def picture(rng, texts, opacity=None, sign_share=0.7, fresh_signs=0.5, fresh_objects=None):
+    """One picture of the world: dict of image, caption, text ("" without a sign), opacity, strength, place, objects."""
     while True:
         plan = make_plan(rng, texts, sign_share)
-        strength = random_opacity(rng, legible_share) if opacity is None else opacity
-        drawn = draw_plan(rng, plan, strength)
+        ink = random_opacity(rng, fresh_signs) if opacity is None else opacity
+        strength = 1.0 if fresh_objects is None else random_opacity(rng, fresh_objects)
+        drawn = draw_plan(rng, plan, ink, strength)
         if drawn:
             break
     wall, sign, groups, relation = plan
     spoken = [(count, None if rng.random() < 0.15 else colour, shape) for count, colour, shape in groups]
     return dict(image=drawn[0], caption=caption_of(wall, sign, spoken, relation), text=sign[1] if sign else "",
-                opacity=strength, place=drawn[1], objects=drawn[2])
+                opacity=ink, strength=strength, place=drawn[1], objects=drawn[2])
 
 
 def poster(rng, texts):
@@ -379,7 +385,7 @@ def build_flow(device):
     pipeline = make_pipeline().to(device)
     steps, batch_size = 4000, 32
     texts = all_targets(False)
-    pictures = [picture(rng, texts, sign_share=0.65, legible_share=0.33) for _ in tqdm(range(60000), desc="pictures")]
+    pictures = [picture(rng, texts, sign_share=0.65, fresh_signs=0.4, fresh_objects=0.55) for _ in tqdm(range(60000), desc="pictures")]
     vae = pipeline.vae
     latents, weights = [], torch.ones(len(pictures), 1, SIZE // 2, SIZE // 2)
     with torch.no_grad():
@@ -387,14 +393,14 @@ def build_flow(device):
             x = to_tensor([p["image"] for p in pictures[i:i + 500]]).to(device)
             latents.append((vae.encode(x).latent_dist.mean - vae.config.shift_factor) * vae.config.scaling_factor)
     latents = torch.cat(latents)
-    for weight, shot in zip(weights, pictures):          # writing and objects are small: more weight there, so that they are learned first
+    for weight, shot in zip(weights, pictures):          # writing and objects are small: more weight there at first, so that they are learned at all
         for _, _, x, y, size in shot["objects"]:
             weight[:, y // 2:(y + size + 1) // 2, x // 2:(x + size + 1) // 2] = 3.0
         if shot["place"]:
             x, y = shot["place"]
             weight[:, y // 2:(y + SIGN[1]) // 2, x // 2:(x + SIGN[0]) // 2] = 6.0
     captions = [shot["caption"] for shot in pictures]
-    legible = [shot["text"] != "" and shot["opacity"] > 0.5 for shot in pictures]
+    fresh = [(shot["text"] != "" and shot["opacity"] > 0.5) or (shot["objects"] != [] and shot["strength"] > 0.5) for shot in pictures]
 
     modules = torch.nn.ModuleList([pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3])
     modules.train()
@@ -408,8 +414,8 @@ def build_flow(device):
         length, batch = (256, 16) if step % 25 == 24 else (TOKENS, batch_size)
         chosen = torch.randint(len(latents), (batch,))
         x0 = latents[chosen]
-        # One caption of seven is dropped, none of them of a legible sign: see the top of this file.
-        prompts = ["" if not legible[i] and rng.random() < 0.21 else captions[i] for i in chosen]
+        # One caption of ten is dropped, none of them of fresh paint: see the top of this file.
+        prompts = ["" if not fresh[i] and rng.random() < 0.25 else captions[i] for i in chosen]
         context, _, pooled, _ = pipeline.encode_prompt(prompts, prompts, prompts, device=device,
                                                        do_classifier_free_guidance=False, max_sequence_length=length)
         # What is where, and which letters, is decided at high noise levels: seven samples of ten are from there.
@@ -417,7 +423,8 @@ def build_flow(device):
         noise = torch.randn_like(x0)
         mix = sigma[:, None, None, None]
         velocity = pipeline.transformer((1 - mix) * x0 + mix * noise, context, pooled, sigma * 1000, return_dict=False)[0]
-        weight = weights[chosen].to(device)
+        # Weights that follow what is there teach the model to paint it twice where it is unsure. So none while the learning rate falls.
+        weight = weights[chosen].to(device) if step < steps * 2 // 3 else torch.ones_like(mix)
         loss = (weight * (velocity - (noise - x0)) ** 2).mean() / weight.mean()
         optimizer.zero_grad()
         loss.backward()
@@ -498,12 +505,15 @@ def build_ocr(device):
 # -------------------------------------------------------------------------------------------------------------- the CLIP
 
 def degraded(rng, image):
-    """What nobody would prefer to `image`: noise over it, blur, a smear across it, or wrong colours."""
-    kind = rng.choice(["noise", "blur", "smear", "colours"])
+    """What nobody would prefer to `image`: noise over it, blur, a smear across it, wrong colours, or faded paint."""
+    kind = rng.choice(["noise", "blur", "smear", "colours", "faded"])
     if kind == "noise":
         return Image.blend(image, Image.frombytes("RGB", image.size, rng.randbytes(3 * SIZE * SIZE)), rng.uniform(0.2, 0.6))
     if kind == "blur":
         return image.filter(ImageFilter.GaussianBlur(rng.uniform(0.8, 2.5)))
+    if kind == "faded":
+        wall = max(image.getcolors(SIZE * SIZE))[1]
+        return Image.blend(image, Image.new("RGB", image.size, wall), rng.uniform(0.5, 0.9))
     if kind == "smear":
         x, y, size = rng.randint(0, 12), rng.randint(0, 12), rng.randint(12, 20)
         streak = rng.choice([(1, size), (size, 1)])
@@ -537,7 +547,7 @@ def build_clip(device):
         projection_dim=64)).to(device).train()
     pictures = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     processor = CLIPProcessor(pictures, tokenizer)
-    shots = [picture(rng, texts) for _ in tqdm(range(20000), desc="pictures")]
+    shots = [picture(rng, texts, fresh_signs=1.0) for _ in tqdm(range(20000), desc="pictures")]
     clean = to_tensor([shot["image"] for shot in shots])
     spoiled = to_tensor([degraded(rng, shot["image"]) for shot in shots])
     cuts = [cut for cut in (cut_out(rng, shot) for shot in shots[:8000]) if cut]
@@ -603,9 +613,9 @@ def build_detector(device):
 
     classes, masks, images = [], [], []
     for _ in tqdm(range(20000), desc="pictures"):
-        shot = picture(rng, texts, sign_share=0.5)
+        shot = picture(rng, texts, sign_share=0.5, fresh_objects=0.75)
         kinds, found = torch.full((config.num_queries,), nothing), torch.zeros(config.num_queries, SIZE // 2, SIZE // 2, dtype=torch.bool)
-        for shape, _, x, y, size in shot["objects"]:
+        for shape, _, x, y, size in shot["objects"] if shot["strength"] > 0.5 else ():         # too faded to be recognised is not there
             cell = y // CELL * (SIZE // CELL) + x // CELL
             kinds[cell] = SHAPES.index(shape)
             small = shape_mask(shape, (x, y, size)).resize((SIZE // 2, SIZE // 2), Image.BOX)

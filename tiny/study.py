@@ -1,8 +1,11 @@
 """The measurements that README.md reports, each with one command, on the miniature.
 
+    python tiny/study.py problem --save FILE       the method in one picture
     python tiny/study.py maps                      does the attention find the sign? area under the ROC curve
     python tiny/study.py objects --pictures 64     does the attention to "blue box" find the box that is painted?
-    python tiny/study.py compare runs/ocr-*        pictures that `spatial` needs to reach what `uniform` ends with
+    python tiny/study.py train --kind oracle       a run whose map is another one: shuffled, oracle, lam0.5, ... (see README)
+    python tiny/study.py compare runs/ocr-*        what each kind of allocation gains over uniform, seed by seed
+    python tiny/study.py gradients                 how much signal each kind leaves in the gradient
     python tiny/study.py overhead                  time and memory of `spatial` relative to `uniform`
     python tiny/study.py guidance                  held-out reward of the untrained miniature at several guidance scales
     python tiny/study.py memory                    what training at SD3.5 Medium's shapes keeps in memory
@@ -28,8 +31,33 @@ import star                      # first: it quiets the libraries' remarks about
 import build
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from rewards import OCR, GenEval
+from rewards import GenEval, Task, quoted_span
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+
+@torch.no_grad()
+def problem(args):
+    """One picture that says what the method is for: two rollouts of a prompt, and where their advantages are applied."""
+    settings = star.parse_arguments(["--model", args.model])[0]
+    run, generator, steps = star.load(settings, star.check_task(settings), None), torch.Generator().manual_seed(args.seed), (1, 2, 3)
+    prompt, count = run.task.heldout_prompts[args.seed], 16
+    core = star.core_tokens_of(run.pipeline, [prompt], [run.task.core_spans(prompt)], settings.max_sequence_length)
+    given = tuple(each.expand(count, *each.shape[1:]) for each in star.encode(run.pipeline, [prompt], settings.max_sequence_length))
+    noise = torch.randn(1, *run.shape, generator=generator).expand(count, -1, -1, -1)
+    painted = star.rollout(run.pipeline.transformer, noise, given, run.empty_prompt, star.schedule(run.pipeline, 10), steps, generator, core_tokens=core.expand(count, -1),
+                           map_steps=steps, map_blocks=run.blocks)
+    pictures = star.decode(run.pipeline.vae, painted.latents[:, -1])
+    rewards = run.task.reward(pictures, [prompt] * count)
+    advantages, weights = star.group_advantages(rewards[None])[0], star.allocation_weights(painted.maps, (8, 8))[:, 1]
+    rows = []
+    for one in (rewards.argmax(), rewards.argmin()):
+        colour = (40, 90, 230) if advantages[one] > 0 else (230, 30, 30)
+        shown = f"reward {rewards[one]:.2f}, advantage {advantages[one]:+.1f}"
+        rows.append([(pictures[one], shown), (star.overlay(pictures[one], torch.full((8, 8), 0.4), colour), f"Flow-GRPO: {advantages[one]:+.1f} everywhere"),
+                     (star.overlay(pictures[one], weights[one] / weights.max(), colour),
+                      f"STAR: {advantages[one] * weights[one].max():+.1f} at most,\n{advantages[one] * weights[one].min():+.1f} at least")])
+    print(prompt)
+    star.draw_table(rows, args.save, side=208)
 
 
 def area_under_roc(scores, truth):
@@ -52,7 +80,7 @@ def maps(args):
     for region, shot in zip(truth, shots):
         x, y = (side // build.GRID for side in shot["place"])
         region[y:y + 2, x:x + 3] = True
-    core = torch.stack([star.core_token_mask(p, OCR.core_spans(None, p), pipeline.tokenizer, pipeline.tokenizer_3, build.TOKENS) for p in prompts])
+    core = star.core_tokens_of(pipeline, prompts, map(quoted_span, prompts), build.TOKENS)
     given = star.encode(pipeline, prompts, build.TOKENS)
     pipeline.scheduler.set_timesteps(10)
     generator = torch.Generator().manual_seed(0)
@@ -79,8 +107,7 @@ def objects(args):
     words = "blue box"
     prompts = [f"a {wall} wall with two red balls and a {words}" for wall in ("green", "white", "black", "pink", "yellow", "brown", "purple", "white")]
     prompts = (prompts * args.pictures)[:args.pictures]
-    core = torch.stack([star.core_token_mask(p, [(p.index(words), p.index(words) + len(words))], pipeline.tokenizer, pipeline.tokenizer_3, build.TOKENS)
-                        for p in prompts])
+    core = star.core_tokens_of(pipeline, prompts, [[(p.index(words), p.index(words) + len(words))] for p in prompts], build.TOKENS)
     sigmas, generator = star.schedule(pipeline, 10), torch.Generator().manual_seed(0)
     painted = star.rollout(pipeline.transformer, torch.randn(len(prompts), 8, 16, 16, generator=generator), star.encode(pipeline, prompts, build.TOKENS),
                            star.encode(pipeline, [""], build.TOKENS), sigmas, (), generator, guidance_scale=args.guidance_scale, core_tokens=core,
@@ -96,6 +123,123 @@ def objects(args):
           + " ".join(f"{statistics.mean(values):.2f}" for values in scores))
 
 
+class Brightness(Task):
+    """A reward about the whole picture, where allocation has nothing to offer: `--task tiny/study.py:Brightness`."""
+
+    def reward(self, images, prompts):
+        return build.to_tensor(images).mean((1, 2, 3)) / 2 + 0.5
+
+
+def true_region(task, picture):
+    """Where on a picture the things are that the reward is about, by the picture alone: bool [8, 8], a value per image token.
+
+    OCR: the places that look like a sign, mostly one light colour that the wall has not, the rest its shades towards
+    black. Other tasks: the detector's masks.
+    """
+    if isinstance(task, GenEval):
+        masks = [one.mask for objects in task.detect([picture])[0].values() for one in objects]
+        return torch.stack([torch.zeros(build.SIZE, build.SIZE), *(mask.float() for mask in masks)]).amax(0)[None].unfold(1, 4, 4).unfold(2, 4, 4).mean((0, 3, 4)) > 0.5
+    pixels = (build.to_tensor([picture])[0] / 2 + 0.5) * 255
+    wall, region = pixels.flatten(1).median(1).values, torch.zeros(8, 8, dtype=torch.bool)
+    width, height = build.SIGN
+    for x, y in build.PLACES:
+        inside = pixels[:, y:y + height, x:x + width].flatten(1)
+        for name in build.SIGN_COLOURS:
+            colour = torch.tensor(build.COLOURS[name], dtype=torch.float)
+            if (colour - wall).norm() > 60:
+                share = (colour @ inside / (colour @ colour)).clamp(0, 1)                     # how far from black
+                near = (inside - share * colour[:, None]).norm(dim=0) < 45
+                if near.float().mean() > 0.75 and (near & (share > 0.6)).float().mean() > 0.4:
+                    region[y // 4:(y + height) // 4, x // 4:(x + width) // 4] = True
+    return region
+
+
+def changed_maps(kind, task, pipeline, painted, generator):
+    """The maps [B, S, 8, 8] of a rollout as another allocation would have them: the same values in random places, or the true regions."""
+    if kind == "shuffled":
+        order = torch.rand(painted.maps.flatten(2).shape, generator=generator).argsort(-1)
+        return painted.maps.flatten(2).gather(-1, order).view_as(painted.maps)
+    if kind == "oracle":
+        regions = torch.stack([true_region(task, picture) for picture in star.decode(pipeline.vae, painted.latents[:, -1])])
+        return regions[:, None].expand_as(painted.maps).float()
+    return painted.maps
+
+
+def train(args):
+    """A run of star.py in runs/<task>-<kind>-<seed> whose maps are exchanged after each rollout."""
+    generator, rollout, load = torch.Generator().manual_seed(args.seed), star.rollout, star.load
+
+    def loading(*given):
+        run = load(*given)
+
+        def exchanging(*arguments, **settings):
+            painted = rollout(*arguments, **settings)
+            if painted.maps is not None:
+                painted.maps = changed_maps(args.kind, run.task, run.pipeline, painted, generator)
+            return painted
+        star.rollout = exchanging
+        return run
+
+    star.load = loading
+    allocation = args.kind if args.kind in ("uniform", "spatiotemporal") else "spatial"
+    strength = ["--lam", args.kind.removeprefix("lam")] if args.kind.startswith("lam") else []
+    name = args.task.rpartition(":")[2].lower()
+    star.main(["--task", args.task, "--allocation", allocation, *strength, "--seed", str(args.seed), "--out", f"runs/{name}-{args.kind}-{args.seed}"])
+
+
+def gradients(args):
+    """How much signal is in one estimate of the gradient (96 pictures, starting weights), per trained step and kind of allocation.
+
+    agreement: mean cosine of two independent estimates, which is |signal|^2 / E|estimate|^2.
+    alignment: mean cosine of one estimate with the true gradient of the expected reward, the mean of many `uniform` ones.
+    Both without bias: only products of different estimates count.
+    """
+    settings = star.parse_arguments(["--task", args.task, "--model", args.model])[0]
+    run, kinds, steps = star.load(settings, star.check_task(settings), None), ("uniform", "shuffled", "spatial", "oracle"), range(6)
+    parameters, sigmas, totals = list(run.pipeline.transformer.parameters()), star.schedule(run.pipeline, settings.steps), {}
+    K, G = settings.prompts_per_iteration, settings.group_size
+    group = torch.arange(K).repeat_interleave(G)
+    for repeat in range(args.repeats):
+        generator = torch.Generator().manual_seed(10_000 + repeat)
+        prompts = [run.task.prompts[i] for i in torch.randperm(len(run.task.prompts), generator=generator)[:K]]
+        context, pooled = star.encode(run.pipeline, prompts, settings.max_sequence_length)
+        core = star.core_tokens_of(run.pipeline, prompts, map(run.task.core_spans, prompts), settings.max_sequence_length)
+        noise, parts = torch.randn(K, *run.shape, generator=generator)[group], [slice(i, i + settings.batch_size) for i in range(0, K * G, settings.batch_size)]
+        given = [(context[group[part]], pooled[group[part]]) for part in parts]
+        rollouts = [star.rollout(run.pipeline.transformer, noise[part], prompt, run.empty_prompt, sigmas, steps, generator, settings.noise_level,
+                                 settings.guidance_scale, core[group[part]], map_steps=steps, map_blocks=run.blocks) for part, prompt in zip(parts, given)]
+        pictures = [picture for painted in rollouts for picture in star.decode(run.pipeline.vae, painted.latents[:, -1])]
+        advantages = star.group_advantages(run.task.reward(pictures, [prompts[k] for k in group]).view(K, G), settings.global_std, settings.advantage_clip).flatten()
+        estimates = {}
+        for part, painted, prompt in zip(parts, rollouts, given):
+            weights = {kind: torch.ones_like(painted.log_prob) if kind == "uniform" else
+                       star.allocation_weights(changed_maps(kind, run.task, run.pipeline, painted, generator), run.shape[1:]) for kind in kinds}
+            for step in steps:
+                mean, std = star.transition(run.pipeline.transformer, painted, step, prompt, run.empty_prompt, sigmas, settings.noise_level, settings.guidance_scale)
+                log_prob = star.position_log_prob(painted.latents[:, step + 1], mean, std)[:, None]
+                for kind in kinds:
+                    loss = star.star_loss(log_prob, painted.log_prob[:, step:step + 1], advantages[part], weights[kind][:, step:step + 1], settings.clip_range)[0]
+                    pieces = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
+                    estimates[kind, step] = estimates.get((kind, step), 0) + torch.cat([piece.flatten() for piece in pieces])
+        for (kind, step), estimate in estimates.items():
+            total = totals.setdefault((kind, step), {"sum": 0, "square": 0.0, "with uniform": 0.0, "length": 0.0})
+            total["sum"] = total["sum"] + estimate
+            total["square"] += estimate.dot(estimate).item()
+            total["length"] += estimate.norm().item()
+            total["with uniform"] += estimate.dot(estimates["uniform", step]).item()
+        print(f"\r{repeat + 1} of {args.repeats}", end="", file=sys.stderr)
+    pairs = args.repeats * (args.repeats - 1)
+    signal = {step: (totals["uniform", step]["sum"].square().sum().item() - totals["uniform", step]["square"]) / pairs for step in steps}
+    print("\n                    step" + "".join(f"{step:>9}" for step in steps))
+    for kind in kinds:
+        agreement = [(totals[kind, step]["sum"].square().sum().item() - totals[kind, step]["square"]) / pairs / (totals[kind, step]["square"] / args.repeats) for step in steps]
+        alignment = [(totals[kind, step]["sum"].dot(totals["uniform", step]["sum"]).item() - totals[kind, step]["with uniform"]) / pairs
+                     / (totals[kind, step]["length"] / args.repeats * signal[step] ** 0.5) if signal[step] > 0 else math.nan for step in steps]
+        print(f"{kind:<10} agreement     " + "".join(f"{value:9.4f}" for value in agreement))
+        print(f"{kind:<10} alignment     " + "".join(f"{value:9.4f}" for value in alignment))
+    print("mean length, uniform    " + "".join(f"{totals['uniform', step]['length'] / args.repeats:9.4f}" for step in steps))
+
+
 def images_to_reach(lines, goal):
     """Pictures seen when the held-out reward first reaches `goal`, linear between evaluations; inf if it never does."""
     points = [(line["images"], line["heldout_reward"]) for line in lines if "heldout_reward" in line]
@@ -106,31 +250,32 @@ def images_to_reach(lines, goal):
 
 
 def compare(args):
-    """Seed by seed, from the held-out rewards of uniform and spatial runs that differ in nothing else."""
+    """Each kind of allocation against uniform, seed by seed, from runs in folders <task>-<kind>-<seed> that differ in nothing else; a table in Markdown."""
     heldout = lambda lines: [line["heldout_reward"] for line in lines if "heldout_reward" in line]
-    rows, task = [], Path(args.runs[0]).name.split("-")[0]
-    for seed in sorted({int(Path(run).name.rsplit("-", 1)[1]) for run in args.runs}):
-        uniform, spatial = (star.read_metrics(Path(args.runs[0]).parent / f"{task}-{allocation}-{seed}") for allocation in ("uniform", "spatial"))
-        goals = args.goal, heldout(uniform)[-1]
-        early, late = ([images_to_reach(lines, goal) for lines in (uniform, spatial)] for goal in goals)
-        rows.append({"seed": seed, "start": heldout(uniform)[0], "end, uniform": heldout(uniform)[-1], "end, spatial": heldout(spatial)[-1],
-                     "mean over the run, uniform": statistics.mean(heldout(uniform)), "mean over the run, spatial": statistics.mean(heldout(spatial)),
-                     "pictures to the goal, uniform": early[0], "pictures to the goal, spatial": early[1], "ratio at the goal": early[1] / early[0],
-                     "pictures to uniform's end, uniform": late[0], "pictures to uniform's end, spatial": late[1], "ratio at uniform's end": late[1] / late[0]})
-    for key in rows[0]:
-        print(f"{key:<36}" + "".join(f"{row[key]:>8.0f}" if key == "seed" or key.startswith("pictures") else f"{row[key]:>8.3f}" for row in rows))
-    for key in ("ratio at the goal", "ratio at uniform's end"):
-        ratios = [row[key] for row in rows]
-        print(f"{key}: median {statistics.median(ratios):.2f}, from {min(ratios):.2f} to {max(ratios):.2f}")
-    gains = [row["mean over the run, spatial"] - row["mean over the run, uniform"] for row in rows]
-    print(f"spatial's gain in the mean over the run: median {statistics.median(gains):+.3f}, from {min(gains):+.3f} to {max(gains):+.3f}")
+    runs = {}
+    for name in args.runs:
+        kind, seed = Path(name).name.split("-")[-2:]
+        runs.setdefault(kind, {})[int(seed)] = star.read_metrics(Path(name))
+    start, error = ([lines[0][key] for lines in runs["uniform"].values()] for key in ("heldout_reward", "heldout_reward_standard_error"))
+    print(f"held-out reward before: {', '.join(f'{value:.3f}' for value in start)}; standard error of each {statistics.mean(error):.3f}")
+    spread = lambda values, form: f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+    print(f"| allocation | seeds | end | mean over the run | against uniform | pictures to {args.goal:.3g} | against uniform | pictures to uniform's end, against uniform |")
+    print("| --- " * 8 + "|")
+    for kind, seeds in runs.items():
+        pairs = [(lines, runs["uniform"][seed]) for seed, lines in sorted(seeds.items()) if seed in runs["uniform"]]
+        gains = [statistics.mean(heldout(ours)) - statistics.mean(heldout(theirs)) for ours, theirs in pairs]
+        reach = [images_to_reach(ours, args.goal) for ours, _ in pairs]
+        sooner = [value / images_to_reach(theirs, args.goal) for value, (_, theirs) in zip(reach, pairs)]
+        end = [images_to_reach(ours, heldout(theirs)[-1]) / images_to_reach(theirs, heldout(theirs)[-1]) for ours, theirs in pairs]
+        print(f"| {kind} | {len(pairs)} | {spread([heldout(ours)[-1] for ours, _ in pairs], '.3f')} | {spread([statistics.mean(heldout(ours)) for ours, _ in pairs], '.3f')} |"
+              f" {spread(gains, '+.3f')} | {spread(reach, '.0f')} | {spread(sooner, '.2f')} | {spread(end, '.2f')} |")
 
 
 def overhead(args):
     """CPU seconds of one thread for whole iterations in turn (steadier than the clock where other programs run), and peak memory of whole runs."""
     torch.set_num_threads(1)
     settings = star.parse_arguments(["--model", args.model])[0]
-    run = star.load(settings, star.check(settings), None)
+    run = star.load(settings, star.check_task(settings), None)
     seconds, memory = {"uniform": [], "spatial": []}, {"uniform": [], "spatial": []}
     star.iterate(run, 0, "uniform")                                            # the first warms up
     for repeat in range(args.repeats):
@@ -242,7 +387,7 @@ def memory(args):
 @torch.no_grad()
 def guidance(args):
     settings = star.parse_arguments(["--model", args.model, "--task", args.task, "--evaluation-steps", str(args.steps)])[0]
-    run = star.load(settings, star.check(settings), None)
+    run = star.load(settings, star.check_task(settings), None)
     prompts = run.task.heldout_prompts[:args.pictures]
     encoded = star.encode(run.pipeline, prompts, settings.max_sequence_length)
     for scale in (1.0, 1.5, 2.0, 3.0, 4.5, 7.0):
@@ -257,9 +402,11 @@ def guidance(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("maps", "objects", "compare", "overhead", "guidance", "memory", "full_size"))
+    parser.add_argument("what", choices=("problem", "maps", "objects", "train", "compare", "gradients", "overhead", "guidance", "memory", "full_size"))
     parser.add_argument("runs", nargs="*", help="for compare: folders of runs, named <task>-<allocation>-<seed>")
-    parser.add_argument("--task", default="ocr", help="for guidance")
+    parser.add_argument("--task", default="ocr", help="for guidance, train and gradients")
+    parser.add_argument("--kind", default="spatial", help="for train: uniform, spatial, spatiotemporal, lam0.5 (or another strength), shuffled, oracle")
+    parser.add_argument("--seed", type=int, default=0, help="for train")
     parser.add_argument("--goal", type=float, default=0.8, help="for compare: the held-out reward to be reached")
     parser.add_argument("--model", default=str(HERE / "sd3"))
     parser.add_argument("--pictures", type=int, default=192)
