@@ -476,11 +476,10 @@ def draw_table(rows, path, side=144):
     canvas.save(path)
 
 
-def draw_samples(before, after, prompts, path):
-    """samples.png: each prompt's picture before and after, as (pictures, rewards), from the same noise."""
-    rows = [[(picture, f"{title}: reward {reward:.2f}") for picture, reward in zip(*samples)]
-            for title, samples in (("before", before), ("after", after))]
-    rows[1] = [(picture, text + "\n\n" + textwrap.fill(prompt, 22)) for (picture, text), prompt in zip(rows[1], prompts)]
+def draw_samples(samples, prompts, path):
+    """samples.png: a row of each prompt's picture for every (title, pictures, rewards), from the same noise."""
+    rows = [[(picture, f"{title}: reward {reward:.2f}") for picture, reward in zip(pictures, rewards)] for title, pictures, rewards in samples]
+    rows[-1] = [(picture, text + "\n\n" + textwrap.fill(prompt, 22)) for (picture, text), prompt in zip(rows[-1], prompts)]
     draw_table(rows, path)
 
 
@@ -977,7 +976,10 @@ def main(argv=None):
         before = Image.new("RGB", (pictures[0].width * len(shown), pictures[0].height))
         for column, picture in enumerate(pictures[:len(shown)]):
             before.paste(picture, (column * picture.width, 0))
-        before.save(folder / "before.png")
+        before.save(folder / "before.png")           # what samples.png will compare with, also after a resume
+        draw_samples([("before", pictures[:len(shown)], rewards)], shown, folder / "samples.png")
+        show_maps(run, shown[:4], [task.core_spans(prompt) for prompt in shown[:4]], folder / "maps.png")
+        print(f"look at samples.png and maps.png in {folder}: the model before training")
         write_whole(metrics, metrics_line({"iteration": 0, "images": 0, **mean_and_error("heldout_reward", rewards), "report": task.report(pictures, heldout)}))
 
     non_finite = 0
@@ -1013,7 +1015,7 @@ def main(argv=None):
         before = Image.open(folder / "before.png")
         size = pictures[0].width
         before = [before.crop((i * size, 0, (i + 1) * size, size)) for i in range(len(shown))]
-        draw_samples((before, task.reward(before, shown)), (pictures, rewards), shown, folder / "samples.png")
+        draw_samples([("before", before, task.reward(before, shown)), ("after", pictures, rewards)], shown, folder / "samples.png")
         show_maps(run, shown[:4], [task.core_spans(prompt) for prompt in shown[:4]], folder / "maps.png")
     lines = read_metrics(folder)
     draw_curve([(folder.name, lines)], folder / "curve.png")
