@@ -25,7 +25,7 @@ import sys
 import textwrap
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")     # before the import: it warns of packages that nothing here needs
@@ -639,15 +639,17 @@ def metrics_line(values):
 def parse_arguments(argv=None):
     """The run's Arguments, and what was asked for instead of a run: a namespace of plot, benchmark, maps and words."""
     parser = argparse.ArgumentParser(usage="python star.py --task ocr [--option value ...]", description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=140))
     for item in fields(Arguments):
         if item.name in SECTIONS:
             group = parser.add_argument_group(SECTIONS[item.name])
-        flag, metadata = "--" + item.name.replace("_", "-"), item.metadata
+        flag, choices = "--" + item.name.replace("_", "-"), item.metadata["choices"]
+        says = item.metadata["help"] + ("" if item.default is None else " (default: %(default)s)")
         if item.type is bool:
-            group.add_argument(flag, default=item.default, action=argparse.BooleanOptionalAction, help=metadata["help"])
+            group.add_argument(flag, default=item.default, action=argparse.BooleanOptionalAction, help=says)
         else:
-            group.add_argument(flag, default=item.default, type=item.type, choices=metadata["choices"], help=metadata["help"])
+            metavar = None if choices else {int: "N", float: "X", str: "NAME"}[item.type]
+            group.add_argument(flag, default=item.default, type=item.type, choices=choices, metavar=metavar, help=says)
     others = parser.add_argument_group("instead of a run")
     others.add_argument("--plot", nargs="+", metavar="RUN", help="draw the curves of these runs' folders into one curve.png and end")
     others.add_argument("--benchmark", nargs="?", type=int, const=5, metavar="REPEATS", help="time iterations of uniform and of spatial in turn, REPEATS of each")
@@ -1051,7 +1053,7 @@ def maps_of(args, prompt, words):
         stop(f"--maps {prompt}: " + (f"the words {words} do not occur in it." if words else "it has no words to look for."))
     path = Path(args.out or ".") / "maps.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    show_maps(load(args, None, None), [prompt], [spans], path)
+    show_maps(load(replace(args, kl_weight=0.0, ema_decay=0.0), None, None), [prompt], [spans], path)       # no second copy of the weights
     print(f"wrote {path}: attention to", ", ".join(prompt[start:end] for start, end in spans))
 
 

@@ -7,6 +7,7 @@ import inspect
 import json
 import math
 import random
+import re
 import resource
 import shutil
 import signal
@@ -677,6 +678,14 @@ def test_mixture_is_the_weighted_mean():
     assert task.prompts == ocr.prompts and task.core_spans(prompts[0]) == ocr.core_spans(prompts[0]) + pickscore.core_spans(prompts[0])
 
 
+def test_the_readme_s_links_point_at_the_functions():
+    readme, lines = (HERE / "README.md").read_text(), (HERE / "star.py").read_text().split("\n")
+    links = re.findall(r"\[`(\w+)`\]\(star.py#L(\d+)\)", readme)
+    assert len(links) >= 6
+    for name, number in links:
+        assert re.match(rf"(def|class) {name}\b", lines[int(number) - 1]), f"{name} is not in line {number}"
+
+
 def test_the_readme_s_own_task_works(tmp_path):
     """The example in README.md, as it stands there, is trained on for one iteration."""
     readme = (HERE / "README.md").read_text()
@@ -824,9 +833,17 @@ def test_run_leaves_what_it_promises(finished_run):
     assert not list(finished_run.rglob("*.bin")) and not list(finished_run.rglob("*.pt"))
 
 
-def test_plot_of_several_runs(finished_run, tmp_path):
-    star.main(["--plot", str(finished_run), str(finished_run), "--out", str(tmp_path)])
-    assert Image.open(tmp_path / "curve.png").size == (900, 480)
+def test_plot_of_several_seeds_is_their_mean_in_a_band(tmp_path):
+    """Two seeds at 0.2 and 0.6: the line is at 0.4, the band from one to the other, nothing above or below."""
+    for seed, reward in enumerate((0.2, 0.6, 0.6)):
+        (tmp_path / f"run-{seed}").mkdir()
+        (tmp_path / f"run-{seed}/metrics.jsonl").write_text("".join(star.metrics_line({"images": images, "heldout_reward": reward}) for images in (0, 100)))
+    star.main(["--plot", *(str(tmp_path / f"run-{seed}") for seed in range(3)), "--out", str(tmp_path)])
+    curve = Image.open(tmp_path / "curve.png")
+    height = lambda reward: round(430 - reward * (480 - 24 - 50))
+    column = [curve.getpixel((350, height(reward))) for reward in (0.1, 0.3, 1.4 / 3, 0.5, 0.7)]
+    assert column[0] == column[4] == (255, 255, 255)
+    assert column[1] == column[3] not in ((255, 255, 255), column[2]) and column[2] == (31, 119, 180)
 
 
 def test_maps_command(tmp_path, capsys):

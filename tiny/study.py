@@ -55,7 +55,7 @@ def problem(args):
         shown = f"reward {rewards[one]:.2f}, advantage {advantages[one]:+.1f}"
         rows.append([(pictures[one], shown), (star.overlay(pictures[one], torch.full((8, 8), 0.4), colour), f"Flow-GRPO: {advantages[one]:+.1f} everywhere"),
                      (star.overlay(pictures[one], weights[one] / weights.max(), colour),
-                      f"STAR: {advantages[one] * weights[one].max():+.1f} at most,\n{advantages[one] * weights[one].min():+.1f} at least")])
+                      f"STAR: from {advantages[one] * weights[one].min():+.1f} to {advantages[one] * weights[one].max():+.1f}")])
     print(prompt)
     star.draw_table(rows, args.save, side=208)
 
@@ -101,26 +101,27 @@ def maps(args):
 
 @torch.no_grad()
 def objects(args):
-    """Does the map of "blue box" lie on the box that is painted? Against the detector's mask on the finished picture, per step."""
-    pipeline, task = StableDiffusion3Pipeline.from_pretrained(args.model), GenEval()
+    """Does the map of "blue box" lie on the box that is painted? Against the detector's mask on the finished picture, per step.
+
+    Paints until as many pictures as asked for show one box, which is blue: where there are several, which one is meant is unknown.
+    """
+    pipeline, task, words = StableDiffusion3Pipeline.from_pretrained(args.model), GenEval(), "blue box"
     task.load("cpu")
-    words = "blue box"
-    prompts = [f"a {wall} wall with two red balls and a {words}" for wall in ("green", "white", "black", "pink", "yellow", "brown", "purple", "white")]
-    prompts = (prompts * args.pictures)[:args.pictures]
+    prompts = [f"a {wall} wall with two red balls and a {words}" for wall in ("green", "white", "black", "pink", "yellow", "brown", "purple", "orange")] * 8
     core = star.core_tokens_of(pipeline, prompts, [[(p.index(words), p.index(words) + len(words))] for p in prompts], build.TOKENS)
-    sigmas, generator = star.schedule(pipeline, 10), torch.Generator().manual_seed(0)
-    painted = star.rollout(pipeline.transformer, torch.randn(len(prompts), 8, 16, 16, generator=generator), star.encode(pipeline, prompts, build.TOKENS),
-                           star.encode(pipeline, [""], build.TOKENS), sigmas, (), generator, guidance_scale=args.guidance_scale, core_tokens=core,
-                           map_steps=range(10), map_blocks=star.default_map_blocks(pipeline.transformer.config.num_layers))
-    found = [one.get("box", []) for one in task.detect(star.decode(pipeline.vae, painted.latents[:, -1]))]
-    scores = [[] for _ in range(10)]
-    for maps, boxes in zip(painted.maps, found):
-        if len(boxes) == 1:                       # where there are several, which one is meant is unknown
-            truth = torch.nn.functional.avg_pool2d(boxes[0].mask[None].float(), build.GRID)[0] > 0.5
-            for step in range(10):
-                scores[step].append(area_under_roc(maps[step], truth))
-    print(f"guidance {args.guidance_scale}: pictures with one box: {len(scores[0])} of {len(prompts)}; area under the ROC curve of \"{words}\" per step: "
-          + " ".join(f"{statistics.mean(values):.2f}" for values in scores))
+    given, empty = star.encode(pipeline, prompts, build.TOKENS), star.encode(pipeline, [""], build.TOKENS)
+    sigmas, generator, scores, seen = star.schedule(pipeline, 10), torch.Generator().manual_seed(0), [], 0
+    while len(scores) < args.pictures:
+        painted = star.rollout(pipeline.transformer, torch.randn(len(prompts), 8, 16, 16, generator=generator), given, empty, sigmas, (), generator,
+                               guidance_scale=args.guidance_scale, core_tokens=core, map_steps=range(10),
+                               map_blocks=star.default_map_blocks(pipeline.transformer.config.num_layers))
+        pictures = star.decode(pipeline.vae, painted.latents[:, -1])
+        for maps, picture, found in zip(painted.maps, pictures, task.detect(pictures)):
+            seen, boxes = seen + 1, found.get("box", [])
+            if len(boxes) == 1 and tokens_of(boxes[0].mask).any() and task.colours(picture, boxes, "box") == ["blue"] and len(scores) < args.pictures:
+                scores.append([area_under_roc(one, tokens_of(boxes[0].mask)) for one in maps])
+    print(f"{len(scores)} of {seen} pictures show one box, a blue one; area under the ROC curve of \"{words}\" per step: "
+          + " ".join(f"{statistics.mean(values):.2f}" for values in zip(*scores)))
 
 
 class Brightness(Task):
@@ -128,6 +129,11 @@ class Brightness(Task):
 
     def reward(self, images, prompts):
         return build.to_tensor(images).mean((1, 2, 3)) / 2 + 0.5
+
+
+def tokens_of(mask):
+    """The image tokens [8, 8] of which a mask [32, 32] covers a quarter or more."""
+    return torch.nn.functional.avg_pool2d(mask[None].float(), build.GRID)[0] >= 0.25
 
 
 def true_region(task, picture):
@@ -138,7 +144,7 @@ def true_region(task, picture):
     """
     if isinstance(task, GenEval):
         masks = [one.mask for objects in task.detect([picture])[0].values() for one in objects]
-        return torch.stack([torch.zeros(build.SIZE, build.SIZE), *(mask.float() for mask in masks)]).amax(0)[None].unfold(1, 4, 4).unfold(2, 4, 4).mean((0, 3, 4)) > 0.5
+        return tokens_of(torch.stack([torch.zeros(build.SIZE, build.SIZE, dtype=torch.bool), *masks]).any(0))
     pixels = (build.to_tensor([picture])[0] / 2 + 0.5) * 255
     wall, region = pixels.flatten(1).median(1).values, torch.zeros(8, 8, dtype=torch.bool)
     width, height = build.SIGN
@@ -274,21 +280,21 @@ def compare(args):
 def overhead(args):
     """CPU seconds of one thread for whole iterations in turn (steadier than the clock where other programs run), and peak memory of whole runs."""
     torch.set_num_threads(1)
+    seconds, memory = {"uniform": [], "spatial": []}, {"uniform": [], "spatial": []}
+    for repeat in range(args.repeats):          # first: a process counts the memory of the one that started it, which is small as yet
+        for allocation in memory if repeat % 2 == 0 else reversed(memory):
+            with tempfile.TemporaryDirectory() as folder:
+                command = [sys.executable, str(HERE.parent / "star.py"), "--allocation", allocation, "--iterations", "1", "--evaluation-prompts", "8", "--out", folder + "/run"]
+                process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                memory[allocation].append(os.wait4(process.pid, 0)[2].ru_maxrss / 1024)
     settings = star.parse_arguments(["--model", args.model])[0]
     run = star.load(settings, star.check_task(settings), None)
-    seconds, memory = {"uniform": [], "spatial": []}, {"uniform": [], "spatial": []}
     star.iterate(run, 0, "uniform")                                            # the first warms up
     for repeat in range(args.repeats):
         for allocation in seconds if repeat % 2 == 0 else reversed(seconds):
             start = time.process_time()
             star.iterate(run, 1 + repeat, allocation)
             seconds[allocation].append(time.process_time() - start)
-    for repeat in range(args.repeats):
-        for allocation in memory if repeat % 2 == 0 else reversed(memory):
-            with tempfile.TemporaryDirectory() as folder:
-                command = [sys.executable, str(HERE.parent / "star.py"), "--allocation", allocation, "--iterations", "1", "--evaluation-prompts", "8", "--out", folder + "/run"]
-                process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-                memory[allocation].append(os.wait4(process.pid, 0)[2].ru_maxrss / 1024)
     for name, unit, values in (("iteration", "CPU s", seconds), ("peak memory", "MiB", memory)):
         ratios = [b / a for a, b in zip(values["uniform"], values["spatial"])]
         print(f"{name}: uniform {statistics.median(values['uniform']):.2f} {unit}, spatial {statistics.median(values['spatial']):.2f} {unit}, "
