@@ -948,10 +948,12 @@ def main(argv=None):
     if instead.plot:
         return plot(instead.plot, Path(args.out or "."))
     check(args)
-    if instead.maps:
+    if instead.maps is not None:
         return maps_of(args, instead.maps, instead.words)
     task = check_task(args)
-    if instead.benchmark:
+    if instead.benchmark is not None:
+        if instead.benchmark < 1:
+            stop(f"--benchmark is {instead.benchmark}; it is a number of repeats and must be 1 or more.")
         return benchmark(load(args, task, None), instead.benchmark)
     folder = Path(args.out or f"runs/{re.sub('[^A-Za-z0-9.]+', '-', args.task)}-{args.allocation}-{args.seed}")
     checkpoint = open_run(args, folder)

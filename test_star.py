@@ -923,6 +923,8 @@ def test_updates_that_are_not_finite_are_skipped_and_end_the_run(tmp_path, capsy
     (["--plot", "nowhere"], "no metrics.jsonl"),
     (["--maps", "a blue box", "--words", "red"], "--maps a blue box: the words red do not occur in it"),
     (["--maps", "of the"], "it has no words to look for"),
+    (["--maps", ""], "it has no words to look for"),
+    (["--benchmark", "0"], "--benchmark is 0"),
 ])
 def test_bad_input_is_one_clear_sentence(arguments, says, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
