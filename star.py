@@ -511,47 +511,49 @@ def draw_curve(runs, path):
     Runs that differ in their seed alone share a line, their mean, and a band from the least to the most of them. One or
     two single runs also show the reward of their training prompts, as a thin line.
     """
-    width, height, left, top, right, bottom = 900, 480, 60, 24, 240, 50
-    kinds = {}
-    for name, lines in runs:
-        kinds.setdefault(name.rstrip("0123456789").rstrip("-"), []).append((name, lines))
-    with_training = len(runs) < 3
-    curves = []                                             # (kind's name, key, [(pictures, rewards of all seeds there)])
+    kinds, with_training, lines = {}, len(runs) < 3, []
+    for name, metrics in runs:
+        kinds.setdefault(name.rstrip("0123456789").rstrip("-"), []).append((name, metrics))
     for kind, same in kinds.items():
-        for key in ("heldout_reward", "reward_mean") if with_training else ("heldout_reward",):
+        name = same[0][0] if len(same) == 1 else f"{kind}, {len(same)} seeds"
+        for key, thickness in [("heldout_reward", 3), ("reward_mean", 1)][:1 + with_training]:
             points = {}
-            for _, lines in same:
-                for line in lines:
-                    if key in line:
-                        points.setdefault(line["images"], []).append(line[key])
-            curves.append((same[0][0] if len(same) == 1 else f"{kind}, {len(same)} seeds", key, sorted(points.items())))
-    most = max(images for _, _, points in curves for images, _ in points) or 1
-    rewards = [reward for _, _, points in curves for _, values in points for reward in values]
-    low, high = (0, 1) if 0 <= min(rewards) and max(rewards) <= 1 else (min(rewards), max(rewards) + 1e-6)
-    place = lambda images, reward: (left + images / most * (width - left - right), height - bottom - (reward - low) / (high - low) * (height - top - bottom))
-
-    canvas = Image.new("RGB", (width, height), "white")
-    draw, font = ImageDraw.Draw(canvas, "RGBA"), ImageFont.load_default(13)
-    for tick in range(0, 6):
-        images, reward = most * tick / 5, low + (high - low) * tick / 5
-        draw.line([place(0, reward), place(most, reward)], fill="#dddddd")
-        draw.text((left - 10, place(0, reward)[1]), f"{reward:.1f}", "black", font, anchor="rm")
-        draw.text((place(images, low)[0], height - bottom + 8), f"{images:.0f}", "black", font, anchor="mt")
-    draw.text((left, 4), "reward", "black", font)
-    draw.text(((left + width - right) / 2, height - 22), "pictures seen in training", "black", font, anchor="mt")
-    names = list(dict.fromkeys(name for name, _, _ in curves))
-    palette = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2"]
-    colours = {name: palette[number % len(palette)] for number, name in enumerate(names)}
-    for name, _, points in curves:
-        if any(len(values) > 1 for _, values in points):
-            draw.polygon([place(x, min(values)) for x, values in points] + [place(x, max(values)) for x, values in reversed(points)], fill=colours[name] + "28")
-    for name, key, points in curves:
-        draw.line([place(x, statistics.mean(values)) for x, values in points], fill=colours[name], width=3 if key == "heldout_reward" else 1)
-    for number, name in enumerate(names):
-        draw.text((width - right + 14, top + 18 * number), name, colours[name], font)
+            for line in (line for _, metrics in same for line in metrics if key in line):
+                points.setdefault(line["images"], []).append(line[key])
+            lines.append((name, points, thickness))
     note = "thick: held-out prompts\nthin: training prompts" if with_training else "held-out prompts: mean of the\nseeds, band from least to most"
-    draw.text((width - right + 14, height - bottom), note, "#555555", font, anchor="ld")
-    canvas.save(path)
+    draw_lines(lines, path, "pictures seen in training", "reward", note)
+
+
+def draw_lines(lines, path, across, up, note=""):
+    """A chart of `lines`: (name, {x: values there}, thickness). A line joins the means, a band goes from the least to the most."""
+    width, height, left, top, right, bottom, row = 1800, 960, 120, 48, 480, 100, 36           # twice the final size, which smooths the lines
+    values = [value for _, points, _ in lines for there in points.values() for value in there]
+    step = next(step for step in (digit * 10.0**power for power in range(-3, 9) for digit in (1, 2, 5)) if max(values) - min(values) <= 6 * step)
+    first, last = math.floor(min(values) / step), max(math.ceil(max(values) / step), math.floor(min(values) / step) + 1)
+    places = sorted({x for _, points, _ in lines for x in points})
+    place = lambda x, y: (left + (x - places[0]) / (places[-1] - places[0] or 1) * (width - left - right),
+                          height - bottom - (y / step - first) / (last - first) * (height - top - bottom))
+    canvas = Image.new("RGB", (width, height), "white")
+    draw, font = ImageDraw.Draw(canvas, "RGBA"), ImageFont.load_default(26)
+    for y in (number * step for number in range(first, last + 1)):
+        draw.line([place(places[0], y), place(places[-1], y)], fill="#dddddd", width=2)
+        draw.text((left - 20, place(0, y)[1]), f"{y:.{max(0, -math.floor(math.log10(step)))}f}", "black", font, anchor="rm")
+    for x in places[::math.ceil(len(places) / 11)]:
+        draw.text((place(x, 0)[0], height - bottom + 16), str(x), "black", font, anchor="mt")
+    draw.text((left, 8), up, "black", font)
+    draw.text(((left + width - right) / 2, height - 44), across, "black", font, anchor="mt")
+    palette = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2"]
+    colours = dict(zip(dict.fromkeys(name for name, _, _ in lines), itertools.cycle(palette)))
+    for name, points, _ in lines:
+        if any(len(there) > 1 for there in points.values()):
+            draw.polygon([place(x, min(points[x])) for x in sorted(points)] + [place(x, max(points[x])) for x in sorted(points, reverse=True)], fill=colours[name] + "28")
+    for name, points, thickness in lines:
+        draw.line([place(x, statistics.mean(points[x])) for x in sorted(points)], fill=colours[name], width=2 * thickness, joint="curve")
+    for number, (name, colour) in enumerate(colours.items()):
+        draw.text((width - right + 28, top + row * number), name, colour, font)
+    draw.text((width - right + 28, height - bottom), note, "#555555", font, anchor="ld")
+    canvas.reduce(2).save(path)
 
 
 # ----------------------------------------------------------------------------------------------------------- checkpoints

@@ -834,11 +834,12 @@ def test_run_leaves_what_it_promises(finished_run):
 
 
 def test_plot_of_several_seeds_is_their_mean_in_a_band(tmp_path):
-    """Two seeds at 0.2 and 0.6: the line is at 0.4, the band from one to the other, nothing above or below."""
-    for seed, reward in enumerate((0.2, 0.6, 0.6)):
-        (tmp_path / f"run-{seed}").mkdir()
-        (tmp_path / f"run-{seed}/metrics.jsonl").write_text("".join(star.metrics_line({"images": images, "heldout_reward": reward}) for images in (0, 100)))
-    star.main(["--plot", *(str(tmp_path / f"run-{seed}") for seed in range(3)), "--out", str(tmp_path)])
+    """Three seeds at 0.2, 0.6 and 0.6: the line is at their mean, the band from one to the other, nothing above or below."""
+    for name, before, after in (("run-0", 0.2, 0.2), ("run-1", 0.6, 0.6), ("run-2", 0.6, 0.6), ("axis-from-0-to-1", 0.05, 0.85)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("".join(star.metrics_line({"images": images, "heldout_reward": reward})
+                                                               for images, reward in ((0, before), (100, after))))
+    star.main(["--plot", *(str(path) for path in sorted(tmp_path.glob("run-*"))), str(tmp_path / "axis-from-0-to-1"), "--out", str(tmp_path)])
     curve = Image.open(tmp_path / "curve.png")
     height = lambda reward: round(430 - reward * (480 - 24 - 50))
     column = [curve.getpixel((350, height(reward))) for reward in (0.1, 0.3, 1.4 / 3, 0.5, 0.7)]

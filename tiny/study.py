@@ -1,17 +1,18 @@
 """The measurements that README.md reports, each with one command, on the miniature.
 
     python tiny/study.py problem --save FILE       the method in one picture
-    python tiny/study.py maps                      does the attention find the sign? area under the ROC curve
+    python tiny/study.py maps --save FILE          does the attention find the sign? area under the ROC curve
     python tiny/study.py objects --pictures 64     does the attention to "blue box" find the box that is painted?
     python tiny/study.py train --kind oracle       a run whose map is another one: shuffled, oracle, lam0.5, ... (see README)
     python tiny/study.py compare runs/ocr-*        what each kind of allocation gains over uniform, seed by seed
-    python tiny/study.py gradients                 how much signal each kind leaves in the gradient
+    python tiny/study.py gradients --save FILE     how much signal each kind leaves in the gradient
     python tiny/study.py overhead                  time and memory of `spatial` relative to `uniform`
     python tiny/study.py guidance                  held-out reward of the untrained miniature at several guidance scales
     python tiny/study.py memory                    what training at SD3.5 Medium's shapes keeps in memory
     python tiny/study.py full_size --save FOLDER   a pipeline of SD3.5 Medium's shapes with random weights, to measure with
 """
 import argparse
+import itertools
 import json
 import math
 import os
@@ -32,7 +33,7 @@ import build
 import torch
 from PIL import ImageStat
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from rewards import GenEval, Task, quoted_span
+from rewards import OCR, GenEval, Task, quoted_span
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 
@@ -89,7 +90,7 @@ def maps(args):
     choices = {f"block {block}": [block] for block in range(count)} | {f"blocks {count // 2} to {count - 1}": list(range(count // 2, count)), "all": list(range(count))}
     print("step            " + "  ".join(f"{step:>5}" for step in range(10)))
     print("sigma           " + "  ".join(f"{sigma:5.2f}" for sigma in pipeline.scheduler.sigmas.tolist()[:10]))
-    noise = torch.randn(clean.shape, generator=generator)
+    noise, lines = torch.randn(clean.shape, generator=generator), []
     for name, blocks in choices.items():
         row = []
         for sigma in pipeline.scheduler.sigmas.tolist()[:10]:
@@ -98,6 +99,9 @@ def maps(args):
             found = allocator.map().view(-1, 8, 8)
             row.append(statistics.mean(area_under_roc(m, t) for m, t in zip(found, truth)))
         print(f"{name:<16}" + "  ".join(f"{value:5.3f}" for value in row), flush=True)
+        lines.append((name, {step: [value] for step, value in enumerate(row)}, 3))
+    if args.save:
+        star.draw_lines(lines, args.save, "denoising step", "area under the ROC curve", "0.5 is chance; attention to\nthe quoted text, 8 x 8 tokens")
 
 
 @torch.no_grad()
@@ -197,13 +201,15 @@ def train(args):
 def gradients(args):
     """How much signal is in one estimate of the gradient (96 pictures, starting weights), per trained step and kind of allocation.
 
-    agreement: mean cosine of two independent estimates, which is |signal|^2 / E|estimate|^2.
+    variance: E|estimate - signal|^2, signal being the expected estimate.
+    agreement: mean cosine of two independent estimates, which is |signal|^2 / E|estimate|^2 = 1 / (1 + variance / |signal|^2).
     alignment: mean cosine of one estimate with the true gradient of the expected reward, the mean of many `uniform` ones.
-    Both without bias: only products of different estimates count.
+    All without bias: only products of different estimates count. The standard errors are the jackknife's over the estimates.
     """
     settings = star.parse_arguments(["--task", args.task, "--model", args.model])[0]
-    run, kinds, steps = star.load(settings, star.check_task(settings), None), ("uniform", "shuffled", "spatial", "oracle"), range(6)
-    parameters, sigmas, totals = list(run.pipeline.transformer.parameters()), star.schedule(run.pipeline, settings.steps), {}
+    run, steps = star.load(settings, star.check_task(settings), None), range(6)
+    kinds = ("uniform", "shuffled", "spatial") + (("oracle",) if isinstance(run.task, (OCR, GenEval)) else ())
+    parameters, sigmas, estimates = list(run.pipeline.transformer.parameters()), star.schedule(run.pipeline, settings.steps), {}
     K, G = settings.prompts_per_iteration, settings.group_size
     group = torch.arange(K).repeat_interleave(G)
     for repeat in range(args.repeats):
@@ -217,7 +223,6 @@ def gradients(args):
                                  settings.guidance_scale, core[group[part]], map_steps=steps, map_blocks=run.blocks) for part, prompt in zip(parts, given)]
         pictures = [picture for painted in rollouts for picture in star.decode(run.pipeline.vae, painted.latents[:, -1])]
         advantages = star.group_advantages(run.task.reward(pictures, [prompts[k] for k in group]).view(K, G), settings.global_std, settings.advantage_clip).flatten()
-        estimates = {}
         for part, painted, prompt in zip(parts, rollouts, given):
             weights = {kind: torch.ones_like(painted.log_prob) if kind == "uniform" else
                        star.allocation_weights(changed_maps(kind, run.task, run.pipeline, painted, generator), run.shape[1:]) for kind in kinds}
@@ -227,24 +232,35 @@ def gradients(args):
                 for kind in kinds:
                     loss = star.star_loss(log_prob, painted.log_prob[:, step:step + 1], advantages[part], weights[kind][:, step:step + 1], settings.clip_range)[0]
                     pieces = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
-                    estimates[kind, step] = estimates.get((kind, step), 0) + torch.cat([piece.flatten() for piece in pieces])
-        for (kind, step), estimate in estimates.items():
-            total = totals.setdefault((kind, step), {"sum": 0, "square": 0.0, "with uniform": 0.0, "length": 0.0})
-            total["sum"] = total["sum"] + estimate
-            total["square"] += estimate.dot(estimate).item()
-            total["length"] += estimate.norm().item()
-            total["with uniform"] += estimate.dot(estimates["uniform", step]).item()
+                    kept = estimates.setdefault((kind, step), [])
+                    kept += [0] * (repeat + 1 - len(kept))
+                    kept[repeat] = kept[repeat] + torch.cat([piece.flatten() for piece in pieces])
         print(f"\r{repeat + 1} of {args.repeats}", end="", file=sys.stderr)
-    pairs = args.repeats * (args.repeats - 1)
-    signal = {step: (totals["uniform", step]["sum"].square().sum().item() - totals["uniform", step]["square"]) / pairs for step in steps}
-    print("\n                    step" + "".join(f"{step:>9}" for step in steps))
-    for kind in kinds:
-        agreement = [(totals[kind, step]["sum"].square().sum().item() - totals[kind, step]["square"]) / pairs / (totals[kind, step]["square"] / args.repeats) for step in steps]
-        alignment = [(totals[kind, step]["sum"].dot(totals["uniform", step]["sum"]).item() - totals[kind, step]["with uniform"]) / pairs
-                     / (totals[kind, step]["length"] / args.repeats * signal[step] ** 0.5) if signal[step] > 0 else math.nan for step in steps]
-        print(f"{kind:<10} agreement     " + "".join(f"{value:9.4f}" for value in agreement))
-        print(f"{kind:<10} alignment     " + "".join(f"{value:9.4f}" for value in alignment))
-    print("mean length, uniform    " + "".join(f"{totals['uniform', step]['length'] / args.repeats:9.4f}" for step in steps))
+
+    # Everything wanted is in the products of the estimates with each other and with those of uniform, [repeats, repeats].
+    own = {key: torch.stack(kept) @ torch.stack(kept).T for key, kept in estimates.items()}
+    across = {(kind, step): torch.stack(kept) @ torch.stack(estimates["uniform", step]).T for (kind, step), kept in estimates.items()}
+    different = lambda products: ((products.sum() - products.trace()) / (len(products) * (len(products) - 1))).item()      # the mean of different estimates' products
+    measures = {
+        "variance": lambda own, across, uniform: own.diagonal().mean().item() - different(own),
+        "agreement": lambda own, across, uniform: different(own) / own.diagonal().mean().item(),
+        "alignment": lambda own, across, uniform: different(across) / own.diagonal().sqrt().mean().item() / different(uniform) ** 0.5 if different(uniform) > 0 else math.nan}
+    print("\n" + " " * 22 + "step" + "".join(f"{step:>18}" for step in steps))
+    found = {}
+    for kind, (name, measure) in itertools.product(kinds, measures.items()):
+        row = f"{kind:<10} {name:<15}"
+        for step in steps:
+            products = own[kind, step], across[kind, step], own["uniform", step]
+            value = measure(*products)
+            rest = [[i for i in range(args.repeats) if i != left_out] for left_out in range(args.repeats)]
+            without = torch.tensor([measure(*(one[few][:, few] for one in products)) for few in rest])
+            error = ((args.repeats - 1) * without.var(unbiased=False)).sqrt().item()
+            row += f"{value:10.2g} +- {error:<5.1g}" if name == "variance" else f"{value:10.3f} +- {error:<5.3f}"
+            found[kind, name, step] = [value - error, value + error]
+        print(row)
+    if args.save:
+        star.draw_lines([(kind, {step: found[kind, "agreement", step] for step in steps}, 3) for kind in kinds], args.save, "denoising step",
+                        "agreement: the share of signal in one estimate of the gradient", f"{settings.task}, {args.repeats} estimates of 96\npictures; band: standard error")
 
 
 def images_to_reach(lines, goal):
@@ -420,7 +436,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--guidance-scale", type=float, default=1.0)
-    parser.add_argument("--save", help="for guidance: folder for sample pictures; for full_size: the pipeline's folder")
+    parser.add_argument("--save", help="problem, maps and gradients: the PNG to draw; guidance: a folder for samples; full_size: the pipeline's folder")
     parser.add_argument("--no-t5", action="store_true", help="for full_size: without the third text encoder")
     args = parser.parse_args()
     globals()[args.what](args)
