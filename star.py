@@ -130,7 +130,9 @@ FULL_SIZE = dict(
     ema_decay=0.99,                 # F averages with 0.9 after every eighth update, which is about the same
     max_sequence_length=256,        # as diffusers' pipeline does by default
     prompts_per_iteration=8, batch_size=8, gradient_checkpointing=True, iterations=500, evaluate_every=20, save_every=20)
-FULL_SIZE_TASK = {      # the KL weights are F's, in a mixture the first task's counts; geneval makes its prompts from the detector's labels
+# The KL weights are F's numbers, but not its pull: F's code divides by 2 s^2, the density (and `kl_to_start`) by 2 std^2 = 2 s^2 |dt|, which at
+# the trained steps makes ours 12 to 25 times as strong. In a mixture the first task's counts. geneval makes its prompts from the detector's labels.
+FULL_SIZE_TASK = {
     "ocr": dict(kl_weight=0.04, reward_model="florence-community/Florence-2-large",
                 prompts="tiny/prompts/real_ocr.txt", heldout_prompts="tiny/prompts/real_ocr_heldout.txt"),
     "geneval": dict(kl_weight=0.04, reward_model="facebook/mask2former-swin-small-coco-instance,openai/clip-vit-large-patch14"),
@@ -187,15 +189,20 @@ class AttentionAllocator:
 
     The block's own processor still computes the block's output, so the transformer's result is the same to the bit.
 
-        with AttentionAllocator(transformer, core_tokens, blocks) as allocator:
+        with torch.no_grad(), AttentionAllocator(transformer, core_tokens, blocks) as allocator:
             transformer(...)
         attention = allocator.map()
 
+    One allocator sees one denoising step: `map` averages all that was recorded. Around a whole pipeline call, `recorded`
+    holds one [B, image tokens] for each step and block, in the order of the calls.
+
     Args:
-        transformer: a diffusers SD3Transformer2DModel.
-        core_tokens: bool [B, text tokens]. With guidance the batch is [unconditional; conditional] and only its last B
-            rows are recorded: the map comes from the conditional half.
-        blocks: indices of the joint blocks to look at.
+        transformer: a diffusers SD3Transformer2DModel, unwrapped.
+        core_tokens: bool [B, text tokens], a row per picture (see `core_tokens_of`). With guidance the batch is
+            [unconditional; conditional], as diffusers has it, and only its last B rows are recorded: the map comes from
+            the conditional half.
+        blocks: indices of the joint blocks to look at (see `default_map_blocks`).
+    Raises: ValueError where the transformer is called with other numbers of pictures or text tokens.
     """
 
     def __init__(self, transformer, core_tokens, blocks):
@@ -222,7 +229,10 @@ class AttentionAllocator:
 
     def core_mass(self, attention, image, text):
         """Attention mass on the core tokens, [B, image tokens], from the block's normalised image and text features."""
-        batch = len(self.core_tokens)
+        batch, length = self.core_tokens.shape
+        if len(image) not in (batch, 2 * batch) or text.shape[1] != length:
+            raise ValueError(f"core_tokens is for {batch} pictures and {length} text tokens, but the transformer was given {len(image)} and {text.shape[1]};"
+                             " it needs a row for each picture of the batch and the pipeline's own max_sequence_length.")
         image, text = image[-batch:], text[-batch:]
 
         def heads(projected, norm):                                      # [B, N, D] -> [B, heads, N, D / heads]
@@ -249,15 +259,18 @@ def default_map_blocks(count):
 def allocation_weights(maps, size, allocation="spatial", lam=1.0):
     """Attention maps to weights: w = (1 - lam) + lam * m / mean(m)  (README, equation 4).
 
-    The mean runs over positions (`spatial`), or over steps and positions (`spatiotemporal`); so the weights have mean 1
-    over the same and the advantage is handed out differently, not increased. Where no attention at all falls on core
-    words, in particular where a prompt has none, w = 1.
+    The mean runs over positions (`spatial`), or over steps and positions (`spatiotemporal`: a step whose attention on the
+    core words is strong gets more than others). Dividing by it gives weights of mean 1 over the same: the advantage is
+    handed out differently, not increased, so that learning rate and clip range mean what they meant before. Where no
+    attention at all falls on core words, in particular where a prompt has none, w = 1.
 
-    Args: maps [B, S, h, w] >= 0; size, the (H, W) of the latents, multiples of (h, w); allocation; lam in [0, 1].
-    Returns: weights [B, S, H, W], mean 1, >= 0.
+    Args: maps [B, S, h, w] >= 0, those of the trained steps alone; size, the (H, W) of the latents, multiples of (h, w);
+        allocation, spatial or spatiotemporal; lam in [0, 1]. For video, maps [B, S, f, h, w] and size (F, H, W).
+    Returns: weights [B, S, H, W] (or [B, S, F, H, W]), mean 1, >= 0.
     """
     maps = F.interpolate(maps, size=size, mode="nearest")                # a token speaks for all positions of its patch
-    mean = maps.mean(dim=(-2, -1) if allocation == "spatial" else (-3, -2, -1), keepdim=True)
+    first = {"spatial": 2, "spatiotemporal": 1}[allocation]
+    mean = maps.mean(dim=tuple(range(first, maps.dim())), keepdim=True)
     relative = torch.where(mean > 0, maps / mean.clamp_min(torch.finfo(maps.dtype).tiny), 1.0)
     return (1 - lam) + lam * relative
 
@@ -295,9 +308,10 @@ def position_log_prob(sample, mean, std):
     own with a probability of its own. This is why a spatially resolved objective is exact and not a heuristic. The mean
     over positions is Flow-GRPO's log-probability of the whole step (README, equation 2).
 
-    Args: sample, mean [B, C, H, W]; std > 0, a float.  Returns: [B, H, W].
+    Args: sample, mean [B, C, H, W]; std > 0, a float or a tensor such as [B, 1, 1, 1], sqrt(-dt) included.
+    Returns: [B, H, W].
     """
-    return (-((sample - mean) ** 2) / (2 * std**2) - math.log(std) - 0.5 * math.log(2 * math.pi)).mean(1)
+    return (-((sample - mean) ** 2) / (2 * std**2) - torch.as_tensor(std).log() - 0.5 * math.log(2 * math.pi)).mean(1)
 
 
 # --------------------------------------------------------------------------------------------------------------- rollout
@@ -389,11 +403,16 @@ def star_loss(log_prob, old_log_prob, advantages, weights, clip_range):
     averages C terms instead of C * H * W, so its logarithm is about sqrt(H * W) times as spread out and the clip range
     is that much wider.
 
-    Args: log_prob, old_log_prob, weights [B, S, H, W]; advantages [B]; clip_range eps. The weights are data, like the
-        advantages: no gradient flows into them. Returns: (loss, ratio [B, S, H, W], clipped: the same as bool).
+    Args: log_prob, old_log_prob, weights [B, S, H, W], or any other shape that begins with B; advantages [B]; clip_range
+        eps. The weights are data, like the advantages: no gradient flows into them.
+    Returns: (loss, ratio of the same shape, clipped: the same as bool).
+    Raises: ValueError for other shapes, which would broadcast to a loss that is wrong.
     """
+    if not log_prob.shape == old_log_prob.shape == weights.shape or advantages.shape != log_prob.shape[:1]:
+        raise ValueError(f"log_prob {tuple(log_prob.shape)}, old_log_prob {tuple(old_log_prob.shape)} and weights {tuple(weights.shape)} must have one"
+                         f" shape, and advantages {tuple(advantages.shape)} be one number for each of the first dimension.")
     ratio = torch.exp(log_prob - old_log_prob)
-    advantages = advantages[:, None, None, None]
+    advantages = advantages.view(-1, *[1] * (ratio.dim() - 1))
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
     loss = -(weights.detach() * torch.minimum(unclipped, clipped)).mean()

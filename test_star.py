@@ -212,6 +212,8 @@ def test_5_log_prob_is_the_normal_distribution():
     torch.testing.assert_close(ours, reference.mean(1))
     flow_grpo = -((sample - mean) ** 2) / (2 * std**2) - math.log(std) - math.log(math.sqrt(2 * math.pi))
     torch.testing.assert_close(ours.mean((1, 2)), flow_grpo.mean((1, 2, 3)))
+    stds = torch.tensor([0.2, 0.37, 1.5]).view(3, 1, 1, 1)                       # as trainers have it that mix steps in a batch
+    torch.testing.assert_close(star.position_log_prob(sample, mean, stds), torch.distributions.Normal(mean, stds).log_prob(sample).mean(1))
 
 
 def test_6_sde_keeps_the_marginals():
@@ -789,25 +791,148 @@ def test_train_and_heldout_targets_are_disjoint(task):
 
 # ----------------------------------------------------------------------------------------------------- copying from it
 
-@pytest.mark.parametrize("part", ["AttentionAllocator", "allocation_weights", "sde_step", "position_log_prob", "group_advantages", "star_loss"])
+PARTS = ["core_token_mask", "core_tokens_of", "AttentionAllocator", "default_map_blocks", "allocation_weights", "sde_step", "position_log_prob",
+         "group_advantages", "star_loss"]
+
+
+@pytest.mark.parametrize("part", PARTS)
 def test_parts_work_alone_in_another_file(pipeline, part):
     """Each part's source, pasted alone below three imports, does what it does in star.py."""
     namespace = {"math": math, "torch": torch, "F": torch.nn.functional}
+    if part == "core_tokens_of":
+        exec(inspect.getsource(star.core_token_mask), namespace)
     exec(inspect.getsource(getattr(star, part)), namespace)
     latents, given, empty, core, _ = scene(pipeline)
     x, y, z = torch.randn(3, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    spans = [quoted_span(prompt) for prompt in PROMPTS]
 
     def use(function):
         if part == "AttentionAllocator":
             with torch.no_grad(), function(pipeline.transformer, core, [1, 2]) as allocator:
                 star.predict_velocity(pipeline.transformer, latents, 0.5, given, 1.0, empty)
             return allocator.map()
-        arguments = {"allocation_weights": (x.exp(), (16, 16)), "sde_step": (x, y, 0.7, 0.6, 0.9, 0.7, z), "position_log_prob": (x, y, 0.4),
-                     "group_advantages": (x[0, 0],), "star_loss": (x, y, torch.tensor([1.0, -2.0]), z.exp(), 0.1)}
+        arguments = {"core_token_mask": (PROMPTS[0], spans[0], pipeline.tokenizer, pipeline.tokenizer_3, 24), "core_tokens_of": (pipeline, PROMPTS, spans, 24),
+                     "default_map_blocks": (24,), "allocation_weights": (x.exp(), (16, 16)), "sde_step": (x, y, 0.7, 0.6, 0.9, 0.7, z),
+                     "position_log_prob": (x, y, 0.4), "group_advantages": (x[0, 0],), "star_loss": (x, y, torch.tensor([1.0, -2.0]), z.exp(), 0.1)}
         result = function(*arguments[part])
-        return result if torch.is_tensor(result) else result[0]
+        return torch.as_tensor(result[0] if isinstance(result, tuple) else result)
 
     assert torch.equal(use(namespace[part]), use(getattr(star, part)))
+
+
+def readme_block(language, holds):
+    """The one code block of the README in this language that holds this text."""
+    block, = (block for block in re.findall(rf"```{language}\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL) if holds in block)
+    return block
+
+
+def test_the_readme_s_pipeline_call_makes_maps(pipeline, monkeypatch):
+    """Guidance is on, as by default: the picture is what it is without the allocator, and the last map lies in the right places."""
+    monkeypatch.chdir(HERE)
+    namespace = {}
+    torch.manual_seed(3)
+    exec(readme_block("python", "allocator.recorded"), namespace)
+    torch.manual_seed(3)
+    plain = pipeline(namespace["prompt"], num_inference_steps=10, max_sequence_length=24).images[0]
+    assert namespace["image"].tobytes() == plain.tobytes()
+    assert namespace["maps"].shape == (10, 1, 64) and namespace["maps"][9].std() > 2 * namespace["maps"][0].std()
+
+
+def test_allocator_with_several_pictures_per_prompt(pipeline):
+    """repeat_interleave is the order of diffusers' pipelines: each row is the map of that picture painted alone."""
+    core, latents = scene(pipeline)[3], torch.randn(4, 8, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def maps(prompt, core, latents):
+        with torch.no_grad(), star.AttentionAllocator(pipeline.transformer, core, [3]) as allocator:
+            pipeline(prompt, num_inference_steps=2, max_sequence_length=24, latents=latents, num_images_per_prompt=len(latents) // len(prompt), output_type="latent")
+        return torch.stack(allocator.recorded)
+
+    together = maps(PROMPTS, core.repeat_interleave(2, 0), latents)
+    for row in range(4):
+        alone = maps([PROMPTS[row // 2]], core[row // 2:row // 2 + 1], latents[row:row + 1])
+        torch.testing.assert_close(together[:, row:row + 1], alone, atol=1e-5, rtol=0)
+
+
+def test_allocator_refuses_other_batches_and_lengths(pipeline):
+    latents, given, empty, core, _ = scene(pipeline)
+    for wrong, says in ((core[:1].repeat(3, 1), "3 pictures and 48 text tokens.*given 2 and 48"), (core[:, :40], "2 pictures and 40 text tokens.*given 2 and 48")):
+        with pytest.raises(ValueError, match=says), torch.no_grad(), star.AttentionAllocator(pipeline.transformer, wrong, [3]):
+            star.predict_velocity(pipeline.transformer, latents, 0.5, given, 1.0, empty)
+
+
+def sde_step_with_logprob(scheduler, model_output, timestep, sample, noise_level=0.7, prev_sample=None, generator=None, sde_type="sde", return_sqrt_dt=False):
+    """The reference trainer's interface: a log-probability per picture, and a standard deviation without sqrt(-dt)."""
+    sigmas, index = scheduler.sigmas.tolist(), scheduler.index_for_timestep(timestep[0])
+    noise = torch.randn(sample.shape, generator=generator)
+    painted, mean, std = star.sde_step(sample, model_output, sigmas[index], sigmas[index + 1], sigmas[1], noise_level, noise)
+    painted = painted if prev_sample is None else prev_sample
+    log_prob = torch.distributions.Normal(mean, std).log_prob(painted.detach()).mean((1, 2, 3))
+    sqrt_dt = torch.full((len(sample), 1, 1, 1), (sigmas[index] - sigmas[index + 1]) ** 0.5)
+    return (painted, log_prob, mean, std / sqrt_dt) + ((sqrt_dt,) if return_sqrt_dt else ())
+
+
+def test_the_readme_s_transplant(pipeline):
+    """Both sides of the README's diff, run as they stand there: lam = 0 is the old gradient, lam = 1 that of star.py."""
+    latents, (context, pooled), _, core, sigmas = scene(pipeline)
+    pipeline.scheduler.set_timesteps(6)
+    transformer, advantages = copy.deepcopy(pipeline.transformer), torch.tensor([0.8, -1.3])
+    block = readme_block("diff", "sde_step_with_logprob").splitlines()
+
+    def run(side, lam=1.0):
+        lines = "\n".join(line[2:] for line in block if line[:1] != {"old": "+", "new": "-"}[side])
+        torch.manual_seed(5)
+        transformer.zero_grad()
+        namespace = {
+            **{name: getattr(star, name) for name in PARTS}, "torch": torch, "sde_step_with_logprob": sde_step_with_logprob, "pipeline": pipeline,
+            "allocation_weights": lambda maps, size: star.allocation_weights(maps, size, lam=lam), "prompts": PROMPTS, "spans": [quoted_span(prompt) for prompt in PROMPTS],
+            "max_sequence_length": 24, "transformer": transformer, "scheduler": pipeline.scheduler, "latents": latents, "trajectory": [latents], "log_probs": [],
+            "timesteps": [timestep.expand(2) for timestep in pipeline.scheduler.timesteps[:3]], "H": 16, "W": 16, "patch_size": 2, "advantages": advantages, "clip_range": 1e-4,
+            "predict": lambda transformer, latents, timestep: transformer(latents, context, pooled, timestep, return_dict=False)[0]}
+        sampling, training = lines.split("# training")
+        with torch.no_grad():
+            exec(sampling, namespace)
+        exec("# training" + training, namespace)
+        return torch.cat([parameter.grad.flatten() for parameter in transformer.parameters() if parameter.grad is not None]), namespace
+
+    old, _ = run("old")
+    assert old.norm() > 0 and (run("new", lam=0.0)[0] - old).norm() / old.norm() < 1e-5
+    new, after = run("new")
+    assert torch.nn.functional.cosine_similarity(new, old, dim=0) < 0.95, "allocation must make a difference"
+    transformer.zero_grad()
+    result = star.Rollout(torch.stack(after["trajectory"], 1), torch.stack(after["log_probs"], 1), torch.stack(after["maps"], 1))
+    for step in range(3):
+        mean, std = star.transition(transformer, result, step, (context, pooled), None, sigmas, 0.7, 1.0)
+        log_prob = star.position_log_prob(result.latents[:, step + 1], mean, std)[:, None]
+        star.star_loss(log_prob, result.log_prob[:, step:step + 1], advantages, star.allocation_weights(result.maps, (16, 16))[:, step:step + 1], 1e-2)[0].backward()
+    ours = torch.cat([parameter.grad.flatten() for parameter in transformer.parameters() if parameter.grad is not None])
+    assert (new - ours).norm() / ours.norm() < 1e-5
+
+
+def test_parts_take_video_as_they_are():
+    """[B, C, F, H, W]: frames are more positions, so each result is that of pictures with the frames laid one below the other."""
+    B, S, C, frames, H, W = 2, 2, 4, 3, 8, 8          # as many pictures as steps: wrong broadcasting would not fail by itself
+    below = lambda tensor: tensor.flatten(-3, -2)
+    generator = torch.Generator().manual_seed(0)
+    x, v, noise = torch.randn(3, B, C, frames, H, W, generator=generator)
+    video, pictures = (star.sde_step(*map(lay, (x, v)), 0.7, 0.6, 0.9, 0.7, lay(noise)) for lay in (lambda tensor: tensor, below))
+    assert torch.equal(below(video[0]), pictures[0])
+    log_prob = star.position_log_prob(*video)
+    assert log_prob.shape == (B, frames, H, W) and torch.equal(below(log_prob), star.position_log_prob(*pictures))
+    maps = torch.rand(B, S, frames, H // 2, W // 2, generator=generator) ** 3
+    for allocation in ("spatial", "spatiotemporal"):
+        weights = star.allocation_weights(maps, (frames, H, W), allocation, 0.7)
+        torch.testing.assert_close(below(weights), star.allocation_weights(below(maps), (frames * H, W), allocation, 0.7))
+    new, old = 0.1 * torch.randn(2, B, S, frames, H, W, generator=generator)
+    advantages = torch.tensor([1.0, -2.0])
+    video, pictures = (star.star_loss(lay(new), lay(old), advantages, lay(weights), 0.05)[0] for lay in (lambda tensor: tensor, below))
+    torch.testing.assert_close(video, pictures)
+
+
+def test_star_loss_refuses_what_would_broadcast():
+    new, advantages = torch.zeros(3, 8, 8), torch.ones(3)
+    for wrong in ((new, new, advantages[:, None], new), (new, new, advantages, torch.ones(3, 3, 8, 8)), (new[:, None], new, advantages, new), (new, new, advantages[:2], new)):
+        with pytest.raises(ValueError, match="one shape"):
+            star.star_loss(*wrong, 0.1)
 
 
 # ------------------------------------------------------------------------------------------------------- a run's files

@@ -206,6 +206,8 @@ def gradients(args):
     alignment: mean cosine of one estimate with the true gradient of the expected reward, the mean of many `uniform` ones.
     All without bias: only products of different estimates count. The standard errors are the jackknife's over the estimates.
     """
+    if args.repeats < 3:
+        sys.exit(f"--repeats is {args.repeats}; errors of products of different estimates take 3 or more.")
     settings = star.parse_arguments(["--task", args.task, "--model", args.model])[0]
     run, steps = star.load(settings, star.check_task(settings), None), range(6)
     kinds = ("uniform", "shuffled", "spatial") + (("oracle",) if isinstance(run.task, (OCR, GenEval)) else ())
