@@ -2,14 +2,28 @@
 
     python star.py --task ocr
 
-The model paints a group of pictures per prompt, a reward judges them, and each picture's reward minus the group's mean
-is its advantage. Flow-GRPO (arXiv 2505.05470) applies that one number everywhere in the picture. STAR (arXiv 2606.17979)
-asks the model itself where the words that matter went, and applies the advantage there: the image positions whose
-attention falls on those words get a large share of it and the others a small one.
+A flow model paints by taking noise away in T steps. Reinforcement learning makes these steps random decisions and makes
+those likelier that led to good pictures:
 
-Read from top to bottom: arguments, core words, AttentionAllocator, sde_step, rollout, group_advantages, star_loss,
-pictures, checkpoints, main. Symbols: B pictures, S trained steps, T denoising steps, C latent channels, H x W latent
-positions, h x w image tokens, K prompts, G pictures per prompt.
+1. Paint a group of pictures per prompt with a sampler that adds noise (`sde_step`, `rollout`). Each step then is a draw from
+   a Gaussian around what the model proposes. That Gaussian is the *policy*, one such draw a *transition*.
+2. Judge the pictures. A reward minus the mean of its group, divided by their spread, is the *advantage*: how much better
+   than its siblings a picture is (`group_advantages`).
+3. Raise the probability of the transitions of the better pictures and lower that of the others' (`star_loss`). New
+   probability over old is the *ratio*.
+
+Flow-GRPO (arXiv 2505.05470) applies a picture's advantage with the same strength everywhere in it. STAR (arXiv 2606.17979)
+asks the model itself where the words that matter went, the *core words*, and applies it there: the image positions whose
+attention falls on those words get a large share of it and the others a small one. Public of STAR is its abstract; how
+attention becomes a map (`AttentionAllocator`), a map becomes weights (`allocation_weights`) and the ratio one per position
+(`star_loss`) are this project's own choices.
+
+Read from top to bottom: arguments (to be skimmed at first), core words, AttentionAllocator, sde_step, rollout,
+group_advantages, star_loss, one iteration. That is the method. Then come pictures, checkpoints, main, benchmark.
+
+Symbols: x latents [B, C, H, W] of B pictures; sigma the noise level, from 1 (noise) to 0 (picture); v the velocity; k one
+of the T denoising steps, S of which are trained; p one of the H x W positions, which share h x w image tokens; m the map,
+w the weights, A the advantage; K prompts with G pictures each. In shapes, L is the number of text tokens.
 """
 import argparse
 import itertools
@@ -58,7 +72,7 @@ def option(default, help, choices=None):
 
 @dataclass
 class Arguments:
-    """Everything a run depends on; `config.json` in the run's folder is this. These defaults suit the miniature on two CPU cores."""
+    """Everything a run depends on. These defaults suit the miniature on two CPU cores; FULL_SIZE below has those for real models."""
 
     # The run
     task: str = option("ocr", "what is rewarded: ocr, geneval, pickscore, your FILE.py:CLASS, or a mixture such as ocr:0.7,pickscore:0.3")
@@ -76,8 +90,8 @@ class Arguments:
     keep: int = option(1, "checkpoints to keep, the newest ones")
 
     # Allocation
-    allocation: str = option("spatial", "uniform is Flow-GRPO; spatial weighs positions, spatiotemporal steps as well", ("uniform", "spatial", "spatiotemporal"))
-    lam: float = option(1.0, "strength of the allocation, from 0 (Flow-GRPO) to 1")
+    allocation: str = option("spatial", "uniform: all positions alike, Flow-GRPO; spatial weighs positions, spatiotemporal steps as well", ("uniform", "spatial", "spatiotemporal"))
+    lam: float = option(1.0, "strength of the allocation, from 0 (as uniform) to 1")
     map_blocks: str = option(None, "transformer blocks whose attention makes the map, such as 2,3; the last quarter by default")
 
     # Sampling
@@ -92,7 +106,7 @@ class Arguments:
     stochastic_choice: str = option("window", "consecutive steps (window) or any (random), drawn anew in each iteration", ("window", "random"))
     noise_level: float = option(0.7, "a, strength of the noise of a stochastic step")
     guidance_scale: float = option(1.0, "classifier-free guidance in sampling, training and evaluation; 1 is none")
-    same_noise: bool = option(True, "start all pictures of a group from the same noise")
+    same_noise: bool = option(True, "start all pictures of a group from the same noise, so that only the stochastic steps tell them apart")
     t5: bool = option(True, "use the third text encoder, the largest; SD3 can do without")
     max_sequence_length: int = option(24, "T5 tokens of a prompt")
 
@@ -102,9 +116,9 @@ class Arguments:
     learning_rate: float = option(2e-4, "the optimizer's step size")
     weight_decay: float = option(1e-4, "the optimizer's weight decay")
     max_gradient_norm: float = option(1.0, "gradients longer than this are shortened to it")
-    clip_range: float = option(2e-2, "eps of the clipped objective, for per-position ratios")
+    clip_range: float = option(2e-2, "eps of the clipped objective, for per-position ratios; acts only from an iteration's second update on")
     advantage_clip: float = option(5.0, "advantages are kept within plus and minus this")
-    global_std: bool = option(False, "divide advantages by the deviation of all rewards of the iteration, not of the group")
+    global_std: bool = option(False, "divide advantages by the deviation of all rewards of the iteration instead of their group's")
     kl_weight: float = option(0.0, "beta, pull towards the starting weights; 0 keeps no copy of them")
     ema_decay: float = option(0.0, "average the weights with this decay for evaluation and the checkpoint; 0 does not")
 
@@ -117,15 +131,13 @@ class Arguments:
     low_memory: bool = option(False, "other defaults for a small GPU: see LOW_MEMORY in star.py")
 
 
-SECTIONS = {"task": "the run", "allocation": "allocation", "prompts_per_iteration": "sampling", "updates_per_iteration": "update", "device": "machine"}
-
 # What replaces these defaults for a full-size model (a transformer for latents of 64 x 64 or more: SD3 Medium, SD3.5 Medium,
 # SD3.5 Large). Marked F: Flow-GRPO's published settings for SD3.5 Medium. The others are ours, for one GPU; nobody has tuned them.
 FULL_SIZE = dict(
     height=512, steps=10, evaluation_steps=40, guidance_scale=4.5, noise_level=0.7, group_size=24, same_noise=False, global_std=True,    # F
     stochastic_steps=3, stochastic_range="0-4",     # F (its fast variant): a window of 3 steps in the first half
     weight_decay=1e-4, max_gradient_norm=1.0, advantage_clip=5.0,                                                                        # F
-    clip_range=6e-3,                # F has 1e-4 for one ratio per picture; one per position spreads sqrt(64 * 64) times as far
+    clip_range=6e-3,                # F has 1e-4 for one ratio per picture; one per position spreads sqrt(64 * 64) times as far (`star_loss`)
     learning_rate=1e-5,             # F has 3e-4, for LoRA; full-parameter training needs far less
     ema_decay=0.99,                 # F averages with 0.9 after every eighth update, which is about the same
     max_sequence_length=256,        # as diffusers' pipeline does by default
@@ -154,6 +166,7 @@ def stop(message: str):
 def core_token_mask(prompt, spans, clip_tokenizer, t5_tokenizer, max_sequence_length) -> torch.Tensor:
     """Which positions of SD3's text context belong to the core words of a prompt.
 
+    Which words are core is for the task to say: `core_spans` in rewards.py gives them as characters of the prompt.
     SD3's context is the CLIP tokens (both CLIP encoders share their positions) followed by the T5 tokens. A token is
     core when its characters, by the tokenizer's own offset mapping, overlap one of the `spans`. A core word that is cut
     off by truncation simply has no tokens.
@@ -183,11 +196,15 @@ class AttentionAllocator:
     """Records how much attention each image position pays to the core words while the transformer runs.
 
     In SD3's joint blocks image and text attend together: every image query has a softmax over [image; text] keys. The map
-    is the part of that softmax which falls on the core tokens, averaged over heads and the chosen blocks (README,
-    equation 4). "Attention-weighted sum of an indicator" is just that sum, so the fused attention kernel computes it with
-    the indicator of the core tokens in place of the values: exact, and no attention matrix is ever kept.
+    is the part of that softmax which falls on the core tokens (STAR has maps from "text-image attention"; this form is ours):
 
-    The block's own processor still computes the block's output, so the transformer's result is the same to the bit.
+        m[b, p] = mean over heads and blocks of  sum over core tokens j of  softmax(q[p] . k / sqrt(d))[j]
+
+    Attention is just such a sum, of softmax[j] times value[j] over all j. With the indicator of the core tokens in place
+    of the values it is the sum wanted here; so the fused kernel computes the map, and no attention matrix is ever kept.
+
+    The block's own processor still computes the block's output, so the transformer's result is the same to the bit. The map
+    is data: no gradient flows through it, and the update records none.
 
         with torch.no_grad(), AttentionAllocator(transformer, core_tokens, blocks) as allocator:
             transformer(...)
@@ -221,14 +238,14 @@ class AttentionAllocator:
             attention.processor = original
 
     def recording(self, original):
-        def processor(attention, hidden_states, encoder_hidden_states=None, *args, **kwargs):
-            with torch.no_grad():
+        def processor(attention, hidden_states, encoder_hidden_states, *args, **kwargs):
+            with torch.no_grad():                                        # the map is kept out of the gradient here
                 self.recorded.append(self.core_mass(attention, hidden_states, encoder_hidden_states))
             return original(attention, hidden_states, encoder_hidden_states, *args, **kwargs)
         return processor
 
     def core_mass(self, attention, image, text):
-        """Attention mass on the core tokens, [B, image tokens], from the block's normalised image and text features."""
+        """Attention mass on the core tokens: [B, image tokens] from the block's normalised features, image and text [B, tokens, D]."""
         batch, length = self.core_tokens.shape
         if len(image) not in (batch, 2 * batch) or text.shape[1] != length:
             raise ValueError(f"core_tokens is for {batch} pictures and {length} text tokens, but the transformer was given {len(image)} and {text.shape[1]};"
@@ -244,7 +261,7 @@ class AttentionAllocator:
                          heads(attention.add_k_proj(text), attention.norm_added_k)], dim=2)
         indicator = F.pad(self.core_tokens, (image.shape[1], 0)).to(key)              # [B, keys]: image keys are not core
         indicator = indicator[:, None, :, None].expand_as(key).contiguous()           # the fast kernels want values shaped like keys
-        return F.scaled_dot_product_attention(query, key, indicator)[..., 0].float().mean(1)
+        return F.scaled_dot_product_attention(query, key, indicator)[..., 0].float().mean(1)       # all D values are the same
 
     def map(self):
         """Mean over all recorded blocks: [B, image tokens], each in [0, 1]."""
@@ -257,7 +274,9 @@ def default_map_blocks(count):
 
 
 def allocation_weights(maps, size, allocation="spatial", lam=1.0):
-    """Attention maps to weights: w = (1 - lam) + lam * m / mean(m)  (README, equation 4).
+    """Attention maps to weights (STAR allocates; this form of it is ours):
+
+        w[b, k, p] = (1 - lam) + lam * m[b, k, p] / mean(m)
 
     The mean runs over positions (`spatial`), or over steps and positions (`spatiotemporal`: a step whose attention on the
     core words is strong gets more than others). Dividing by it gives weights of mean 1 over the same: the advantage is
@@ -271,42 +290,51 @@ def allocation_weights(maps, size, allocation="spatial", lam=1.0):
     maps = F.interpolate(maps, size=size, mode="nearest")                # a token speaks for all positions of its patch
     first = {"spatial": 2, "spatiotemporal": 1}[allocation]
     mean = maps.mean(dim=tuple(range(first, maps.dim())), keepdim=True)
-    relative = torch.where(mean > 0, maps / mean.clamp_min(torch.finfo(maps.dtype).tiny), 1.0)
+    relative = torch.where(mean > 0, maps / mean, 1.0)
     return (1 - lam) + lam * relative
 
 
 # -------------------------------------------------------------------------------------------------------------- sde_step
 
 def sde_step(latents, velocity, sigma, sigma_next, sigma_max, noise_level, noise):
-    """One step of the flow as a stochastic differential equation (Flow-GRPO, arXiv 2505.05470, equation 9).
+    """One step of the flow as a stochastic differential equation (Flow-GRPO, section "From ODE to SDE").
 
         s    = a * sqrt(sigma / (1 - sigma))            where sigma = 1, sigma_max stands in the denominator
         mean = x * (1 + s^2 / (2 sigma) * dt) + v * (1 + s^2 (1 - sigma) / (2 sigma)) * dt
         std  = s * sqrt(-dt)
         x'   = mean + std * noise
 
-    Why noise at all? A deterministic sampler has no probabilities, hence nothing for a policy gradient to raise. This
-    equation adds noise and corrects the drift so that every marginal distribution stays that of the plain flow.
-    `noise_level` a = 0 is the Euler step of the flow.
+    with dt = sigma_next - sigma < 0, and SD3's convention x = (1 - sigma) * picture + sigma * noise, v = dx / dsigma.
+
+    Why noise at all? A deterministic sampler has no probabilities, so there is nothing that a policy gradient could raise.
+    Why the terms with s^2 in the mean? Noise alone would make x ever wider than anything the model has learned to go on
+    from. They draw it back to where it is dense by just as much, so that at every sigma x is distributed as under the
+    plain flow (exactly for small steps). `noise_level` a = 0 is the plain flow's Euler step.
+    Why sigma_max? At sigma = 1 the denominator would be 0; the schedule's next sigma is Flow-GRPO's way out.
 
     Args: latents x and velocity v [B, C, H, W]; sigma > sigma_next, floats in [0, 1]; sigma_max, the schedule's
-        second-highest sigma; noise [B, C, H, W], standard normal.
+        second-highest sigma; noise [B, C, H, W], standard normal, or 0.0 where only the mean is wanted.
     Returns: (next latents x', mean, std), the first two [B, C, H, W] in float32, std a float.
     """
     latents, velocity = latents.float(), velocity.float()
     dt = sigma_next - sigma
-    scale = noise_level * math.sqrt(sigma / (1 - (sigma if sigma < 1 else sigma_max)))
-    mean = latents * (1 + scale**2 / (2 * sigma) * dt) + velocity * (1 + scale**2 * (1 - sigma) / (2 * sigma)) * dt
-    std = scale * math.sqrt(-dt)
+    s = noise_level * math.sqrt(sigma / (1 - (sigma if sigma < 1 else sigma_max)))
+    mean = latents * (1 + s**2 / (2 * sigma) * dt) + velocity * (1 + s**2 * (1 - sigma) / (2 * sigma)) * dt
+    std = s * math.sqrt(-dt)
     return mean + std * noise, mean, std
 
 
 def position_log_prob(sample, mean, std):
-    """log N(sample; mean, std^2), averaged over channels: one log-probability per latent position.
+    """The log-probability of a transition at each latent position.
 
-    The Gaussian's covariance is diagonal, so its density is a product over positions: each of them is a decision of its
-    own with a probability of its own. This is why a spatially resolved objective is exact and not a heuristic. The mean
-    over positions is Flow-GRPO's log-probability of the whole step (README, equation 2).
+        logp[b, p] = mean over channels of  log N(x'[b, :, p]; mean[b, :, p], std^2)
+
+    The noise of one position is independent of the others', so the density of the whole step is the product of the
+    positions' densities. Each position thus is a decision of its own, with a probability and a ratio of its own; nothing
+    is approximated by looking at them one by one. How much each then counts is a choice, the weights.
+
+    The mean over positions is Flow-GRPO's log-probability of the step. Mean and not sum over channels is its convention,
+    too: the ratio is then the C-th root of the true one, which keeps it near 1, and the first gradient only 1 / C as long.
 
     Args: sample, mean [B, C, H, W]; std > 0, a float or a tensor such as [B, 1, 1, 1], sqrt(-dt) included.
     Returns: [B, H, W].
@@ -330,7 +358,7 @@ def predict_velocity(transformer, latents, sigma, prompt, guidance_scale, empty_
     `prompt` and `empty_prompt` are (context [B, L, D], pooled [B, P]) pairs; the latter has B = 1 and is for guidance.
     """
     if guidance_scale == 1:
-        timestep = latents.new_full((len(latents),), sigma * 1000)
+        timestep = latents.new_full((len(latents),), sigma * 1000)           # SD3 counts its time from 1000 to 0
         return transformer(latents, *prompt, timestep, return_dict=False)[0]
     context, pooled = (torch.cat([empty.expand_as(full), full]) for empty, full in zip(empty_prompt, prompt))
     timestep = latents.new_full((2 * len(latents),), sigma * 1000)
@@ -352,10 +380,10 @@ def rollout(transformer, latents, prompt, empty_prompt, sigmas, stochastic_steps
     noises = {step: torch.randn(latents.shape, generator=generator).to(latents.device) for step in sorted(stochastic_steps)}   # a copy within the loop would wait for the GPU
     height, width = (side // transformer.config.patch_size for side in latents.shape[-2:])
     for step, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:])):
-        watch = step in map_steps
-        with AttentionAllocator(transformer, core_tokens, map_blocks) if watch else nullcontext() as allocator:
+        allocator = AttentionAllocator(transformer, core_tokens, map_blocks) if step in map_steps else nullcontext()
+        with allocator:
             velocity = predict_velocity(transformer, latents, sigma, prompt, guidance_scale, empty_prompt)
-        if watch:
+        if step in map_steps:
             maps.append(allocator.map().unflatten(-1, (height, width)))
         if step in stochastic_steps:
             latents, mean, std = sde_step(latents, velocity, sigma, sigma_next, sigmas[1], noise_level, noises[step])
@@ -368,8 +396,12 @@ def rollout(transformer, latents, prompt, empty_prompt, sigmas, stochastic_steps
 
 
 def transition(transformer, painted, step, prompt, empty_prompt, sigmas, noise_level, guidance_scale):
-    """The Gaussian that `transformer` gives to one step of a rollout: (mean [B, C, H, W], std). With the weights, batch and
-    dtypes of the rollout it is the rollout's own, so that the first ratio is 1."""
+    """The policy's Gaussian for step number `step` of a Rollout `painted`: (mean [B, C, H, W], std, a float).
+
+    The rollout has computed it already, but without the graph that a gradient needs; and after an update the weights, and
+    so the Gaussian, are others: how much likelier it makes what was drawn is the ratio. With the rollout's weights, batches
+    and dtypes it is the rollout's to the bit. So the first ratio is 1, as it must be: nothing has been learned yet.
+    """
     latents = painted.latents[:, step]
     velocity = predict_velocity(transformer, latents, sigmas[step], prompt, guidance_scale, empty_prompt)
     _, mean, std = sde_step(latents, velocity, sigmas[step], sigmas[step + 1], sigmas[1], noise_level, 0.0)
@@ -379,13 +411,19 @@ def transition(transformer, painted, step, prompt, empty_prompt, sigmas, noise_l
 # ------------------------------------------------------------------------------------------------------ group_advantages
 
 def group_advantages(rewards, global_std=False, clip=None, eps=1e-4):
-    """A = (r - mean of the group) / (std + eps): how much better than its siblings a picture is (Flow-GRPO, equation 4).
+    """How much better than its siblings a picture is (Flow-GRPO, section "GRPO on Flow Matching").
 
-    Args: rewards [K, G]; global_std, divide by the deviation of all rewards instead of each group's; clip, keep
-        advantages within plus and minus this. Returns: [K, G] with mean 0 in each group; a group of equal rewards gets 0.
+        A[k, g] = (r[k, g] - mean of group k) / (std + eps)
+
+    Rewards of one prompt are compared with each other alone: how hard the prompt is drops out, and the worse pictures of
+    an easy prompt are made less likely, too.
+
+    Args: rewards r [K, G]; global_std, divide by the deviation of all rewards instead of each group's; clip, keep
+        advantages within plus and minus this. Returns: [K, G], before clipping with mean 0 in each group; a group of equal
+        rewards, from which nothing can be learned, gets 0.
     """
     centred = rewards - rewards.mean(dim=1, keepdim=True)
-    equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
+    equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)            # their rounded mean may still differ from them
     std = rewards.std(unbiased=False) if global_std else rewards.std(dim=1, keepdim=True, unbiased=False)
     advantages = torch.where(equal, 0.0, centred / (std + eps))
     return advantages if clip is None else advantages.clamp(-clip, clip)
@@ -394,18 +432,27 @@ def group_advantages(rewards, global_std=False, clip=None, eps=1e-4):
 # ------------------------------------------------------------------------------------------------------------- star_loss
 
 def star_loss(log_prob, old_log_prob, advantages, weights, clip_range):
-    """The weighted clipped objective (README, equation 5).
+    """The weighted clipped objective (Flow-GRPO, section "GRPO on Flow Matching", with a weight and a ratio per position).
 
-        ratio[b, k, p] = exp(log_prob - old_log_prob)
+        ratio[b, k, p] = exp(logp_new - logp_old)
         L = - mean over b, k, p of  w[b, k, p] * min(ratio * A,  clip(ratio, 1 - eps, 1 + eps) * A)
 
-    With w = 1 this is Flow-GRPO with one ratio per position; its first gradient is Flow-GRPO's own. A ratio per position
-    averages C terms instead of C * H * W, so its logarithm is about sqrt(H * W) times as spread out and the clip range
-    is that much wider.
+    Why the minimum? The pictures were drawn by the old policy and tell about its neighbourhood alone. Once a ratio is more
+    than eps away from 1 in the direction that A wants, the clipped term is the smaller one, and constant: its gradient
+    ends. Where it went the other way the first term is the smaller one and brings it back.
+
+    What of this is Flow-GRPO? It has one ratio per picture, exp of the mean over p. At ratio = 1 nothing is clipped and the
+    derivative of a ratio is that of its logarithm; so with w = 1 the first gradient after a rollout is Flow-GRPO's own.
+    With one update per iteration, the default, every gradient is a first one. Later ones differ: positions are clipped
+    one by one.
+
+    Why another clip range? A position averages C terms where Flow-GRPO averages C * H * W, so its log-ratio spreads about
+    sqrt(H * W) times as far, and eps should be as much wider.
 
     Args: log_prob, old_log_prob, weights [B, S, H, W], or any other shape that begins with B; advantages [B]; clip_range
-        eps. The weights are data, like the advantages: no gradient flows into them.
-    Returns: (loss, ratio of the same shape, clipped: the same as bool).
+        eps. The weights are data, like the advantages: with a gradient the model could move its attention instead of
+        painting better.
+    Returns: (loss, ratio of log_prob's shape, clipped: bool, where the minimum is the clipped term).
     Raises: ValueError for other shapes, which would broadcast to a loss that is wrong.
     """
     if not log_prob.shape == old_log_prob.shape == weights.shape or advantages.shape != log_prob.shape[:1]:
@@ -413,18 +460,23 @@ def star_loss(log_prob, old_log_prob, advantages, weights, clip_range):
                          f" shape, and advantages {tuple(advantages.shape)} be one number for each of the first dimension.")
     ratio = torch.exp(log_prob - old_log_prob)
     advantages = advantages.view(-1, *[1] * (ratio.dim() - 1))
-    unclipped = ratio * advantages
-    clipped = ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
-    loss = -(weights.detach() * torch.minimum(unclipped, clipped)).mean()
-    return loss, ratio.detach(), clipped.detach() < unclipped.detach()
+    free, bounded = ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
+    loss = -(weights.detach() * torch.minimum(free, bounded)).mean()
+    return loss, ratio.detach(), bounded.detach() < free.detach()
 
 
 def kl_to_start(mean, start_mean, std):
-    """KL of two Gaussian steps with the same std: (mean - start_mean)^2 / (2 std^2), over channels. [B, H, W]."""
+    """How far the policy has gone from where it started (Flow-GRPO, section "GRPO on Flow Matching"), added to L with beta:
+
+        KL[b, p] = mean over channels of  (mean_new - mean_start)^2 / (2 std^2)
+
+    which is the Kullback-Leibler divergence of two Gaussians of the same std. It is not weighted: where no core words are,
+    nothing else keeps the picture as it was. Args: mean, start_mean [B, C, H, W]; std, a float. Returns: [B, H, W].
+    """
     return ((mean - start_mean) ** 2 / (2 * std**2)).mean(1)
 
 
-# -------------------------------------------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------------------------------------- one iteration
 
 @contextmanager
 def visiting(device, *modules):
@@ -460,6 +512,134 @@ def decode(vae, latents):
     pixels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(picture) for picture in pixels]
 
+
+@dataclass
+class Run:
+    """What is loaded once and used in every iteration."""
+    args: Arguments
+    task: object
+    device: torch.device
+    pipeline: StableDiffusion3Pipeline
+    optimizer: torch.optim.Optimizer
+    start_transformer: SD3Transformer2DModel     # frozen, bfloat16 on a GPU; None without a KL weight
+    average: dict                                # name -> averaged weight; empty without EMA
+    empty_prompt: tuple                          # the encoded empty prompt
+    blocks: list                                 # whose attention makes the map
+    shape: tuple                                 # (C, H, W) of the latents
+    bfloat16: bool                               # of the forward passes
+
+    def autocast(self, cached=True):
+        """The precision of the forward passes. Rollouts keep the bfloat16 copies of the weights from step to step (cached)."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16, cache_enabled=cached)
+
+
+class Stopwatch:
+    """Seconds and peak memory (GiB on a GPU) of one phase after the other."""
+
+    def __init__(self, device):
+        self.cuda, self.seconds, self.memory = device.type == "cuda", {}, {}
+        self.start()
+
+    def start(self):
+        if self.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        self.since = time.perf_counter()
+
+    def lap(self, phase):
+        if self.cuda:
+            torch.cuda.synchronize()
+            self.memory[phase] = torch.cuda.max_memory_allocated() / 2**30
+        self.seconds[phase] = round(time.perf_counter() - self.since, 4)
+        self.start()
+
+
+def iterate(run, iteration, allocation):
+    """One iteration of a Run: sample, judge, update. `allocation` as in Arguments. Returns its line of metrics."""
+    args, transformer, images = run.args, run.pipeline.transformer, run.args.prompts_per_iteration * run.args.group_size
+    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + iteration)     # so that a resumed run is the same
+    sigmas = schedule(run.pipeline, args.steps)
+    watch = Stopwatch(run.device)
+
+    # 1. Choose K prompts and the steps that are stochastic this time: few, for each costs a forward and a backward pass in the update.
+    prompts = [run.task.prompts[i] for i in torch.randperm(len(run.task.prompts), generator=generator)[:args.prompts_per_iteration]]
+    first_step, last_step = stochastic_range(args)
+    if args.stochastic_choice == "window":
+        start = torch.randint(first_step, last_step - args.stochastic_steps + 2, (1,), generator=generator).item()
+        trained = list(range(start, start + args.stochastic_steps))
+    else:
+        trained = sorted((first_step + torch.randperm(last_step - first_step + 1, generator=generator)[:args.stochastic_steps]).tolist())
+    context, pooled = encode(run.pipeline, prompts, args.max_sequence_length)
+    core = core_tokens_of(run.pipeline, prompts, map(run.task.core_spans, prompts), args.max_sequence_length).to(run.device)
+    watch.lap("encode")
+
+    # 2. Paint a group of pictures for each; keep the trajectories.
+    group = torch.arange(args.prompts_per_iteration).repeat_interleave(args.group_size)       # which prompt a picture is of
+    noise = torch.randn(args.prompts_per_iteration if args.same_noise else images, *run.shape, generator=generator).to(run.device)
+    noise = noise[group] if args.same_noise else noise
+    batches = [slice(i, i + args.batch_size) for i in range(0, images, args.batch_size)]
+    given = [(context[group[part]], pooled[group[part]]) for part in batches]
+    with run.autocast():
+        rollouts = [rollout(transformer, noise[part], prompt, run.empty_prompt, sigmas, trained, generator, args.noise_level, args.guidance_scale,
+                            core[group[part]], map_steps=() if allocation == "uniform" else trained, map_blocks=run.blocks)
+                    for part, prompt in zip(batches, given)]
+    watch.lap("rollout")
+
+    # 3. Judge them, and compare each with its group.
+    pictures = [picture for painted in rollouts for picture in decode(run.pipeline.vae, painted.latents[:, -1])]
+    watch.lap("decode")
+    rewards = run.task.reward(pictures, [prompts[k] for k in group])
+    grouped = rewards.view(args.prompts_per_iteration, args.group_size)
+    advantages = group_advantages(grouped, args.global_std, args.advantage_clip).flatten().to(run.device)
+    watch.lap("reward")
+
+    # 4. Raise the probability of what was better than its siblings, most where the core words are.
+    if run.start_transformer is not None:            # what the starting weights would have done, needed for the KL
+        with visiting(run.device, run.start_transformer), torch.no_grad(), run.autocast():
+            start_means = [[transition(run.start_transformer, painted, step, prompt, run.empty_prompt, sigmas, args.noise_level, args.guidance_scale)[0]
+                            for step in trained] for painted, prompt in zip(rollouts, given)]
+    ratios, clips, kls, norms, peaks, skipped = [], [], [], [], [], 0
+    per_update = len(batches) // args.updates_per_iteration
+    for update in range(args.updates_per_iteration):
+        for index in range(update * per_update, (update + 1) * per_update):
+            painted = rollouts[index]
+            weights = torch.ones_like(painted.log_prob)
+            if allocation != "uniform":
+                weights = allocation_weights(painted.maps, run.shape[1:], allocation, args.lam)
+            peaks.append(weights.amax((-2, -1)).mean())                            # how uneven they are: 1 is uniform
+            for j, step in enumerate(trained):                                     # one by one, to hold the activations of one step alone
+                with run.autocast(cached=False):                                   # a cache would keep bfloat16 copies of all weights until the backward pass
+                    mean, std = transition(transformer, painted, step, given[index], run.empty_prompt, sigmas, args.noise_level, args.guidance_scale)
+                log_prob = position_log_prob(painted.latents[:, step + 1], mean, std)[:, None]
+                loss, ratio, clipped = star_loss(log_prob, painted.log_prob[:, j:j + 1], advantages[batches[index]], weights[:, j:j + 1], args.clip_range)
+                if run.start_transformer is not None:
+                    kl = kl_to_start(mean, start_means[index][j], std).mean()
+                    loss = loss + args.kl_weight * kl
+                    kls.append(kl.detach())
+                (loss / (per_update * len(trained))).backward()                    # together star_loss's mean over all b and k
+                ratios.append(ratio.mean())
+                clips.append(clipped.float().mean())
+        norm = torch.nn.utils.clip_grad_norm_(transformer.parameters(), args.max_gradient_norm)
+        if torch.isfinite(norm):
+            run.optimizer.step()
+        else:
+            skipped += 1
+        run.optimizer.zero_grad()
+        norms.append(norm)
+        for name, parameter in transformer.named_parameters() if run.average else ():
+            run.average[name].lerp_(parameter.detach().to("cpu"), 1 - args.ema_decay)
+    watch.lap("update")
+
+    return {
+        "iteration": iteration, "images": iteration * images, "reward_mean": rewards.mean().item(), "reward_std": rewards.std().item(),
+        "groups_without_spread": (grouped.amax(1) == grouped.amin(1)).float().mean().item(), "ratio_mean": torch.stack(ratios).mean().item(),
+        "clip_fraction": torch.stack(clips).mean().item(), "kl": torch.stack(kls).mean().item() if kls else 0.0,
+        "gradient_norm": torch.stack(norms).mean().item(), "weight_peak": torch.stack(peaks).mean().item(), "skipped_updates": skipped,
+        "seconds": watch.seconds, **({"peak_gib": watch.memory} if watch.memory else {}),
+    }
+
+
+# -------------------------------------------------------------------------------------------------------------- pictures
 
 def evaluate(run, prompts, encoded):
     """One picture per prompt by the plain flow, from noise that is the same each time. Returns (rewards [B], pictures)."""
@@ -614,6 +794,9 @@ def last_checkpoint(folder):
     return next(reversed(checkpoints(folder)), None)
 
 
+OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq", "row_var", "col_var", "variance")     # of AdamW and of Adafactor
+
+
 def load_training_state(checkpoint, transformer, optimizer, average):
     """Put the optimizer back (and the weights themselves, where the pipeline holds their average)."""
     stored, state = load_file(checkpoint / "training.safetensors"), optimizer.state_dict()
@@ -622,9 +805,6 @@ def load_training_state(checkpoint, transformer, optimizer, average):
         if average:
             parameter.data.copy_(stored[f"weight/{name}"])
     optimizer.load_state_dict(state)
-
-
-OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq", "row_var", "col_var", "variance")     # of AdamW and of Adafactor
 
 
 @contextmanager
@@ -656,6 +836,9 @@ def metrics_line(values):
 
 
 # ------------------------------------------------------------------------------------------------------------------ main
+
+SECTIONS = {"task": "the run", "allocation": "allocation", "prompts_per_iteration": "sampling", "updates_per_iteration": "update", "device": "machine"}
+
 
 def parse_arguments(argv=None):
     """The run's Arguments, and what was asked for instead of a run: a namespace of plot, benchmark, maps and words."""
@@ -784,26 +967,6 @@ def open_run(args, folder):
     return last_checkpoint(folder)
 
 
-@dataclass
-class Run:
-    """What is loaded once and used in every iteration."""
-    args: Arguments
-    task: object
-    device: torch.device
-    pipeline: StableDiffusion3Pipeline
-    optimizer: torch.optim.Optimizer
-    start_transformer: SD3Transformer2DModel     # frozen, bfloat16 on a GPU; None without a KL weight
-    average: dict                                # name -> averaged weight; empty without EMA
-    empty_prompt: tuple                          # the encoded empty prompt
-    blocks: list                                 # whose attention makes the map
-    shape: tuple                                 # (C, H, W) of the latents
-    bfloat16: bool                               # of the forward passes
-
-    def autocast(self, cached=True):
-        """The precision of the forward passes. Rollouts keep the bfloat16 copies of the weights from step to step (cached)."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16, cache_enabled=cached)
-
-
 def load(args, task, checkpoint):
     """The pipeline, of which only the transformer is trained (float32 weights) and stays on the device with the VAE, and what goes with it.
 
@@ -841,112 +1004,6 @@ def load(args, task, checkpoint):
     empty_prompt = encode(pipeline, [""], args.max_sequence_length)
     return Run(args, task, device, pipeline, optimizer, start_transformer, average, empty_prompt, blocks,
                (transformer.config.in_channels, side, side), bfloat16)
-
-
-class Stopwatch:
-    """Seconds and peak memory (GiB on a GPU) of one phase after the other."""
-
-    def __init__(self, device):
-        self.cuda, self.seconds, self.memory = device.type == "cuda", {}, {}
-        self.start()
-
-    def start(self):
-        if self.cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        self.since = time.perf_counter()
-
-    def lap(self, phase):
-        if self.cuda:
-            torch.cuda.synchronize()
-            self.memory[phase] = torch.cuda.max_memory_allocated() / 2**30
-        self.seconds[phase] = round(time.perf_counter() - self.since, 4)
-        self.start()
-
-
-def iterate(run, iteration, allocation):
-    """One iteration: sample, judge, update. Returns its line of metrics."""
-    args, transformer, images = run.args, run.pipeline.transformer, run.args.prompts_per_iteration * run.args.group_size
-    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + iteration)     # so that a resumed run is the same
-    sigmas = schedule(run.pipeline, args.steps)
-    watch = Stopwatch(run.device)
-
-    # 1. Choose K prompts and the steps that are stochastic this time.
-    prompts = [run.task.prompts[i] for i in torch.randperm(len(run.task.prompts), generator=generator)[:args.prompts_per_iteration]]
-    first_step, last_step = stochastic_range(args)
-    if args.stochastic_choice == "window":
-        start = torch.randint(first_step, last_step - args.stochastic_steps + 2, (1,), generator=generator).item()
-        trained = list(range(start, start + args.stochastic_steps))
-    else:
-        trained = sorted((first_step + torch.randperm(last_step - first_step + 1, generator=generator)[:args.stochastic_steps]).tolist())
-    context, pooled = encode(run.pipeline, prompts, args.max_sequence_length)
-    core = core_tokens_of(run.pipeline, prompts, map(run.task.core_spans, prompts), args.max_sequence_length).to(run.device)
-    watch.lap("encode")
-
-    # 2. Paint a group of pictures for each; keep the trajectories.
-    group = torch.arange(args.prompts_per_iteration).repeat_interleave(args.group_size)       # which prompt a picture is of
-    noise = torch.randn(args.prompts_per_iteration if args.same_noise else images, *run.shape, generator=generator).to(run.device)
-    noise = noise[group] if args.same_noise else noise
-    batches = [slice(i, i + args.batch_size) for i in range(0, images, args.batch_size)]
-    given = [(context[group[part]], pooled[group[part]]) for part in batches]
-    with run.autocast():
-        rollouts = [rollout(transformer, noise[part], prompt, run.empty_prompt, sigmas, trained, generator, args.noise_level, args.guidance_scale,
-                            core[group[part]], map_steps=() if allocation == "uniform" else trained, map_blocks=run.blocks)
-                    for part, prompt in zip(batches, given)]
-    watch.lap("rollout")
-
-    # 3. Judge them, and compare each with its group.
-    pictures = [picture for painted in rollouts for picture in decode(run.pipeline.vae, painted.latents[:, -1])]
-    watch.lap("decode")
-    rewards = run.task.reward(pictures, [prompts[k] for k in group])
-    grouped = rewards.view(args.prompts_per_iteration, args.group_size)
-    advantages = group_advantages(grouped, args.global_std, args.advantage_clip).flatten().to(run.device)
-    watch.lap("reward")
-
-    # 4. Raise the probability of what was better than its siblings, most where the core words are.
-    if run.start_transformer is not None:            # what the starting weights would have done, needed for the KL
-        with visiting(run.device, run.start_transformer), torch.no_grad(), run.autocast():
-            start_means = [[transition(run.start_transformer, painted, step, prompt, run.empty_prompt, sigmas, args.noise_level, args.guidance_scale)[0]
-                            for step in trained] for painted, prompt in zip(rollouts, given)]
-    ratios, clips, kls, norms, peaks, skipped = [], [], [], [], [], 0
-    per_update = len(batches) // args.updates_per_iteration
-    for update in range(args.updates_per_iteration):
-        for index in range(update * per_update, (update + 1) * per_update):
-            painted = rollouts[index]
-            weights = torch.ones_like(painted.log_prob)
-            if allocation != "uniform":
-                weights = allocation_weights(painted.maps, run.shape[1:], allocation, args.lam)
-            peaks.append(weights.amax((-2, -1)).mean())
-            for j, step in enumerate(trained):
-                with run.autocast(cached=False):
-                    mean, std = transition(transformer, painted, step, given[index], run.empty_prompt, sigmas, args.noise_level, args.guidance_scale)
-                log_prob = position_log_prob(painted.latents[:, step + 1], mean, std)[:, None]
-                loss, ratio, clipped = star_loss(log_prob, painted.log_prob[:, j:j + 1], advantages[batches[index]], weights[:, j:j + 1], args.clip_range)
-                if run.start_transformer is not None:
-                    kl = kl_to_start(mean, start_means[index][j], std).mean()
-                    loss = loss + args.kl_weight * kl
-                    kls.append(kl.detach())
-                (loss / (per_update * len(trained))).backward()
-                ratios.append(ratio.mean())
-                clips.append(clipped.float().mean())
-        norm = torch.nn.utils.clip_grad_norm_(transformer.parameters(), args.max_gradient_norm)
-        if torch.isfinite(norm):
-            run.optimizer.step()
-        else:
-            skipped += 1
-        run.optimizer.zero_grad()
-        norms.append(norm)
-        for name, parameter in transformer.named_parameters() if run.average else ():
-            run.average[name].lerp_(parameter.detach().to("cpu"), 1 - args.ema_decay)
-    watch.lap("update")
-
-    return {
-        "iteration": iteration, "images": iteration * images, "reward_mean": rewards.mean().item(), "reward_std": rewards.std().item(),
-        "groups_without_spread": (grouped.amax(1) == grouped.amin(1)).float().mean().item(), "ratio_mean": torch.stack(ratios).mean().item(),
-        "clip_fraction": torch.stack(clips).mean().item(), "kl": torch.stack(kls).mean().item() if kls else 0.0,
-        "gradient_norm": torch.stack(norms).mean().item(), "weight_peak": torch.stack(peaks).mean().item(), "skipped_updates": skipped,
-        "seconds": watch.seconds, **({"peak_gib": watch.memory} if watch.memory else {}),
-    }
 
 
 @contextmanager
