@@ -90,7 +90,8 @@ class Arguments:
     keep: int = option(1, "checkpoints to keep, the newest ones")
 
     # Allocation
-    allocation: str = option("spatial", "uniform: all positions alike, Flow-GRPO; spatial weighs positions, spatiotemporal steps as well", ("uniform", "spatial", "spatiotemporal"))
+    allocation: str = option("spatial", "uniform: all positions alike, Flow-GRPO; spatial weighs positions, spatiotemporal steps as well",
+                             ("uniform", "spatial", "spatiotemporal"))
     lam: float = option(1.0, "strength of the allocation, from 0 (as uniform) to 1")
     map_blocks: str = option(None, "transformer blocks whose attention makes the map, such as 2,3; the last quarter by default")
 
@@ -142,8 +143,9 @@ FULL_SIZE = dict(
     ema_decay=0.99,                 # F averages with 0.9 after every eighth update, which is about the same
     max_sequence_length=256,        # as diffusers' pipeline does by default
     prompts_per_iteration=8, batch_size=8, gradient_checkpointing=True, iterations=500, evaluate_every=20, save_every=20)
-# The KL weights are F's numbers, but not its pull: F's code divides by 2 s^2, the density (and `kl_to_start`) by 2 std^2 = 2 s^2 |dt|, which at
-# the trained steps makes ours 12 to 25 times as strong. In a mixture the first task's counts. geneval makes its prompts from the detector's labels.
+# The KL weights are F's numbers, but not its pull: F's code divides by 2 s^2, the density (and `kl_to_start`) by 2 std^2 =
+# 2 s^2 |dt|, which at the trained steps makes ours 12 to 25 times as strong. In a mixture the first task's counts. geneval
+# makes its prompts from the detector's labels.
 FULL_SIZE_TASK = {
     "ocr": dict(kl_weight=0.04, reward_model="florence-community/Florence-2-large",
                 prompts="tiny/prompts/real_ocr.txt", heldout_prompts="tiny/prompts/real_ocr_heldout.txt"),
@@ -179,7 +181,8 @@ def core_token_mask(prompt, spans, clip_tokenizer, t5_tokenizer, max_sequence_le
     for tokenizer, length in [(clip_tokenizer, clip_tokenizer.model_max_length), (t5_tokenizer, max_sequence_length)]:
         offsets = [(0, 0)] * length
         if tokenizer is not None:
-            offsets = tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_offsets_mapping=True)["offset_mapping"]
+            encoded = tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_offsets_mapping=True)
+            offsets = encoded["offset_mapping"]
         masks += [any(start < b and a < end for a, b in spans) for start, end in offsets]
     return torch.tensor(masks)
 
@@ -245,11 +248,11 @@ class AttentionAllocator:
         return processor
 
     def core_mass(self, attention, image, text):
-        """Attention mass on the core tokens: [B, image tokens] from the block's normalised features, image and text [B, tokens, D]."""
+        """Attention mass on the core tokens [B, image tokens], from the block's normalised features, image and text [B, tokens, D]."""
         batch, length = self.core_tokens.shape
         if len(image) not in (batch, 2 * batch) or text.shape[1] != length:
-            raise ValueError(f"core_tokens is for {batch} pictures and {length} text tokens, but the transformer was given {len(image)} and {text.shape[1]};"
-                             " it needs a row for each picture of the batch and the pipeline's own max_sequence_length.")
+            raise ValueError(f"core_tokens is for {batch} pictures and {length} text tokens, but the transformer was given {len(image)} and"
+                             f" {text.shape[1]}; it needs a row for each picture of the batch and the pipeline's own max_sequence_length.")
         image, text = image[-batch:], text[-batch:]
 
         def heads(projected, norm):                                      # [B, N, D] -> [B, heads, N, D / heads]
@@ -260,7 +263,7 @@ class AttentionAllocator:
         key = torch.cat([heads(attention.to_k(image), attention.norm_k),
                          heads(attention.add_k_proj(text), attention.norm_added_k)], dim=2)
         indicator = F.pad(self.core_tokens, (image.shape[1], 0)).to(key)              # [B, keys]: image keys are not core
-        indicator = indicator[:, None, :, None].expand_as(key).contiguous()           # the fast kernels want values shaped like keys
+        indicator = indicator[:, None, :, None].expand_as(key).contiguous()           # fast kernels want values shaped like keys
         return F.scaled_dot_product_attention(query, key, indicator)[..., 0].float().mean(1)       # all D values are the same
 
     def map(self):
@@ -377,7 +380,8 @@ def rollout(transformer, latents, prompt, empty_prompt, sigmas, stochastic_steps
     Returns: a Rollout.
     """
     states, log_probs, maps = [latents], [], []
-    noises = {step: torch.randn(latents.shape, generator=generator).to(latents.device) for step in sorted(stochastic_steps)}   # a copy within the loop would wait for the GPU
+    noises = {step: torch.randn(latents.shape, generator=generator).to(latents.device)           # here, as a copy in the loop would
+              for step in sorted(stochastic_steps)}                                              # wait for the GPU
     height, width = (side // transformer.config.patch_size for side in latents.shape[-2:])
     for step, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:])):
         allocator = AttentionAllocator(transformer, core_tokens, map_blocks) if step in map_steps else nullcontext()
@@ -423,7 +427,7 @@ def group_advantages(rewards, global_std=False, clip=None, eps=1e-4):
         rewards, from which nothing can be learned, gets 0.
     """
     centred = rewards - rewards.mean(dim=1, keepdim=True)
-    equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)            # their rounded mean may still differ from them
+    equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)     # the rounded mean may still differ from them
     std = rewards.std(unbiased=False) if global_std else rewards.std(dim=1, keepdim=True, unbiased=False)
     advantages = torch.where(equal, 0.0, centred / (std + eps))
     return advantages if clip is None else advantages.clamp(-clip, clip)
@@ -456,8 +460,8 @@ def star_loss(log_prob, old_log_prob, advantages, weights, clip_range):
     Raises: ValueError for other shapes, which would broadcast to a loss that is wrong.
     """
     if not log_prob.shape == old_log_prob.shape == weights.shape or advantages.shape != log_prob.shape[:1]:
-        raise ValueError(f"log_prob {tuple(log_prob.shape)}, old_log_prob {tuple(old_log_prob.shape)} and weights {tuple(weights.shape)} must have one"
-                         f" shape, and advantages {tuple(advantages.shape)} be one number for each of the first dimension.")
+        raise ValueError(f"log_prob {tuple(log_prob.shape)}, old_log_prob {tuple(old_log_prob.shape)} and weights {tuple(weights.shape)} must"
+                         f" have one shape, and advantages {tuple(advantages.shape)} be one number for each of the first dimension.")
     ratio = torch.exp(log_prob - old_log_prob)
     advantages = advantages.view(-1, *[1] * (ratio.dim() - 1))
     free, bounded = ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
@@ -492,8 +496,8 @@ def visiting(device, *modules):
 def encode(pipeline, prompts, max_sequence_length):
     """Prompts to (context [B, L, D], pooled [B, P]) on the transformer's device, by the pipeline's own text encoders."""
     device = pipeline.transformer.device
-    encoders = [encoder for encoder in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3) if encoder is not None]
-    with visiting(device, *encoders):
+    encoders = pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3
+    with visiting(device, *(encoder for encoder in encoders if encoder is not None)):
         context, _, pooled, _ = pipeline.encode_prompt(prompts, prompts, prompts, device=device, do_classifier_free_guidance=False,
                                                        max_sequence_length=max_sequence_length)
     return context, pooled
@@ -556,19 +560,22 @@ class Stopwatch:
 
 def iterate(run, iteration, allocation):
     """One iteration of a Run: sample, judge, update. `allocation` as in Arguments. Returns its line of metrics."""
-    args, transformer, images = run.args, run.pipeline.transformer, run.args.prompts_per_iteration * run.args.group_size
+    args, transformer = run.args, run.pipeline.transformer
+    images = args.prompts_per_iteration * args.group_size
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + iteration)     # so that a resumed run is the same
     sigmas = schedule(run.pipeline, args.steps)
+    settings = run.empty_prompt, sigmas, args.noise_level, args.guidance_scale       # what a transition depends on besides the prompt
     watch = Stopwatch(run.device)
 
-    # 1. Choose K prompts and the steps that are stochastic this time: few, for each costs a forward and a backward pass in the update.
+    # 1. Choose K prompts, and which steps are stochastic this time: few, as each costs a forward and a backward pass in the update.
     prompts = [run.task.prompts[i] for i in torch.randperm(len(run.task.prompts), generator=generator)[:args.prompts_per_iteration]]
     first_step, last_step = stochastic_range(args)
     if args.stochastic_choice == "window":
         start = torch.randint(first_step, last_step - args.stochastic_steps + 2, (1,), generator=generator).item()
         trained = list(range(start, start + args.stochastic_steps))
     else:
-        trained = sorted((first_step + torch.randperm(last_step - first_step + 1, generator=generator)[:args.stochastic_steps]).tolist())
+        choice = torch.randperm(last_step - first_step + 1, generator=generator)[:args.stochastic_steps]
+        trained = sorted((first_step + choice).tolist())
     context, pooled = encode(run.pipeline, prompts, args.max_sequence_length)
     core = core_tokens_of(run.pipeline, prompts, map(run.task.core_spans, prompts), args.max_sequence_length).to(run.device)
     watch.lap("encode")
@@ -580,8 +587,8 @@ def iterate(run, iteration, allocation):
     batches = [slice(i, i + args.batch_size) for i in range(0, images, args.batch_size)]
     given = [(context[group[part]], pooled[group[part]]) for part in batches]
     with run.autocast():
-        rollouts = [rollout(transformer, noise[part], prompt, run.empty_prompt, sigmas, trained, generator, args.noise_level, args.guidance_scale,
-                            core[group[part]], map_steps=() if allocation == "uniform" else trained, map_blocks=run.blocks)
+        rollouts = [rollout(transformer, noise[part], prompt, run.empty_prompt, sigmas, trained, generator, args.noise_level,
+                            args.guidance_scale, core[group[part]], () if allocation == "uniform" else trained, run.blocks)
                     for part, prompt in zip(batches, given)]
     watch.lap("rollout")
 
@@ -596,8 +603,8 @@ def iterate(run, iteration, allocation):
     # 4. Raise the probability of what was better than its siblings, most where the core words are.
     if run.start_transformer is not None:            # what the starting weights would have done, needed for the KL
         with visiting(run.device, run.start_transformer), torch.no_grad(), run.autocast():
-            start_means = [[transition(run.start_transformer, painted, step, prompt, run.empty_prompt, sigmas, args.noise_level, args.guidance_scale)[0]
-                            for step in trained] for painted, prompt in zip(rollouts, given)]
+            start_means = [[transition(run.start_transformer, painted, step, prompt, *settings)[0] for step in trained]
+                           for painted, prompt in zip(rollouts, given)]
     ratios, clips, kls, norms, peaks, skipped = [], [], [], [], [], 0
     per_update = len(batches) // args.updates_per_iteration
     for update in range(args.updates_per_iteration):
@@ -607,11 +614,11 @@ def iterate(run, iteration, allocation):
             if allocation != "uniform":
                 weights = allocation_weights(painted.maps, run.shape[1:], allocation, args.lam)
             peaks.append(weights.amax((-2, -1)).mean())                            # how uneven they are: 1 is uniform
-            for j, step in enumerate(trained):                                     # one by one, to hold the activations of one step alone
-                with run.autocast(cached=False):                                   # a cache would keep bfloat16 copies of all weights until the backward pass
-                    mean, std = transition(transformer, painted, step, given[index], run.empty_prompt, sigmas, args.noise_level, args.guidance_scale)
-                log_prob = position_log_prob(painted.latents[:, step + 1], mean, std)[:, None]
-                loss, ratio, clipped = star_loss(log_prob, painted.log_prob[:, j:j + 1], advantages[batches[index]], weights[:, j:j + 1], args.clip_range)
+            for j, step in enumerate(trained):                                     # one by one: activations of one step at a time
+                with run.autocast(cached=False):                                   # a cache would hold copies of all weights
+                    mean, std = transition(transformer, painted, step, given[index], *settings)
+                log_prob = position_log_prob(painted.latents[:, step + 1], mean, std)
+                loss, ratio, clipped = star_loss(log_prob, painted.log_prob[:, j], advantages[batches[index]], weights[:, j], args.clip_range)
                 if run.start_transformer is not None:
                     kl = kl_to_start(mean, start_means[index][j], std).mean()
                     loss = loss + args.kl_weight * kl
@@ -631,10 +638,12 @@ def iterate(run, iteration, allocation):
     watch.lap("update")
 
     return {
-        "iteration": iteration, "images": iteration * images, "reward_mean": rewards.mean().item(), "reward_std": rewards.std().item(),
-        "groups_without_spread": (grouped.amax(1) == grouped.amin(1)).float().mean().item(), "ratio_mean": torch.stack(ratios).mean().item(),
-        "clip_fraction": torch.stack(clips).mean().item(), "kl": torch.stack(kls).mean().item() if kls else 0.0,
-        "gradient_norm": torch.stack(norms).mean().item(), "weight_peak": torch.stack(peaks).mean().item(), "skipped_updates": skipped,
+        "iteration": iteration, "images": iteration * images,
+        "reward_mean": rewards.mean().item(), "reward_std": rewards.std().item(),
+        "groups_without_spread": (grouped.amax(1) == grouped.amin(1)).float().mean().item(),
+        "ratio_mean": torch.stack(ratios).mean().item(), "clip_fraction": torch.stack(clips).mean().item(),
+        "kl": torch.stack(kls).mean().item() if kls else 0.0, "gradient_norm": torch.stack(norms).mean().item(),
+        "weight_peak": torch.stack(peaks).mean().item(), "skipped_updates": skipped,
         "seconds": watch.seconds, **({"peak_gib": watch.memory} if watch.memory else {}),
     }
 
