@@ -31,6 +31,7 @@ from rewards import OCR, Detection, GenEval, PickScore, edit_distance, geneval_p
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "tiny"))
 import build                     # the world that the miniatures were trained on
+import study                     # the measurements that README.md reports
 PROMPTS = ['a blue wall with a white sign "K7Q" and a red ball', 'a green wall with a pink sign "2FX"']
 
 
@@ -933,6 +934,52 @@ def test_star_loss_refuses_what_would_broadcast():
     for wrong in ((new, new, advantages[:, None], new), (new, new, advantages, torch.ones(3, 3, 8, 8)), (new[:, None], new, advantages, new), (new, new, advantages[:2], new)):
         with pytest.raises(ValueError, match="one shape"):
             star.star_loss(*wrong, 0.1)
+
+
+# ------------------------------------------------------------------------------------------------------------ the study
+
+def test_area_under_roc_by_pairs():
+    scores, truth = torch.tensor([[0.9, 0.2], [0.2, 0.1]]), torch.tensor([[True, True], [False, False]])
+    assert study.area_under_roc(scores, truth) == (1 + 1 + 0.5 + 1) / 4
+    assert study.area_under_roc(-scores, truth) == 0.5 / 4
+
+
+def test_images_to_reach_is_linear_between_evaluations():
+    lines = [{"images": 0, "heldout_reward": 0.5}, {"images": 100}, {"images": 200, "heldout_reward": 0.7}, {"images": 400, "heldout_reward": 0.6}]
+    assert study.images_to_reach(lines, 0.6) == pytest.approx(100) and study.images_to_reach(lines, 0.4) == 0
+    assert study.images_to_reach(lines, 0.71) == math.inf
+
+
+def test_gradient_measures_of_known_gradients():
+    """Estimates with signal u and noise of deviation 0.1 in 2,000 dimensions; those of uniform have another signal, at 60 degrees to u."""
+    generator, size, count, noise = torch.Generator().manual_seed(0), 2000, 200, 0.1
+    u, other = torch.zeros(2, size)
+    u[0], other[0], other[1] = 2.0, 3 * 0.5, 3 * 0.75**0.5
+    ours, uniform = (signal + noise * torch.randn(count, size, generator=generator) for signal in (u, other))
+    variance, agreement, alignment = study.gradient_measures(ours @ ours.T, ours @ uniform.T, uniform @ uniform.T)
+    assert variance == pytest.approx(size * noise**2, rel=0.02) and agreement == pytest.approx(4 / (4 + size * noise**2), rel=0.02)
+    assert alignment == pytest.approx(0.5 * 2 / (4 + size * noise**2) ** 0.5, rel=0.05)
+
+
+def test_true_region_is_the_sign_s_place():
+    """Nine of ten world pictures with a clear sign give its place to the token; the oracle's maps are that."""
+    rng, hits = random.Random(3), 0
+    for _ in range(40):
+        shot = build.picture(rng, build.all_targets(held_out=True), sign_share=1.0)
+        expected = torch.zeros(8, 8, dtype=torch.bool)
+        x, y = (side // build.GRID for side in shot["place"])
+        expected[y:y + 2, x:x + 3] = True
+        hits += torch.equal(study.true_region(OCR(), shot["image"]), expected)
+    assert hits >= 36
+
+
+def test_shuffled_maps_have_the_same_values_in_other_places():
+    maps = torch.rand(3, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    shuffled = study.changed_maps("shuffled", None, None, star.Rollout(None, None, maps), torch.Generator().manual_seed(1))
+    assert torch.equal(shuffled.flatten(2).sort(-1).values, maps.flatten(2).sort(-1).values) and (shuffled == maps).float().mean() < 0.1
+    order = [maps[b, k].flatten().argsort() for b in range(3) for k in range(2)]
+    places = [shuffled[b, k].flatten()[order[2 * b + k]] for b in range(3) for k in range(2)]
+    assert not torch.equal(places[0].argsort(), places[1].argsort()), "each step and picture has an order of its own"
 
 
 # ------------------------------------------------------------------------------------------------------- a run's files

@@ -242,27 +242,28 @@ def gradients(args):
     # Everything wanted is in the products of the estimates with each other and with those of uniform, [repeats, repeats].
     own = {key: torch.stack(kept) @ torch.stack(kept).T for key, kept in estimates.items()}
     across = {(kind, step): torch.stack(kept) @ torch.stack(estimates["uniform", step]).T for (kind, step), kept in estimates.items()}
-    different = lambda products: ((products.sum() - products.trace()) / (len(products) * (len(products) - 1))).item()      # the mean of different estimates' products
-    measures = {
-        "variance": lambda own, across, uniform: own.diagonal().mean().item() - different(own),
-        "agreement": lambda own, across, uniform: different(own) / own.diagonal().mean().item(),
-        "alignment": lambda own, across, uniform: different(across) / own.diagonal().sqrt().mean().item() / different(uniform) ** 0.5 if different(uniform) > 0 else math.nan}
+    names, found = ("variance", "agreement", "alignment"), {}
+    for kind, step in own:
+        products = own[kind, step], across[kind, step], own["uniform", step]
+        rest = [[i for i in range(args.repeats) if i != left_out] for left_out in range(args.repeats)]
+        without = torch.tensor([gradient_measures(*(one[few][:, few] for one in products)) for few in rest])
+        found[kind, step] = list(zip(gradient_measures(*products), ((args.repeats - 1) * without.var(0, unbiased=False)).sqrt().tolist()))
     print("\n" + " " * 22 + "step" + "".join(f"{step:>18}" for step in steps))
-    found = {}
-    for kind, (name, measure) in itertools.product(kinds, measures.items()):
-        row = f"{kind:<10} {name:<15}"
-        for step in steps:
-            products = own[kind, step], across[kind, step], own["uniform", step]
-            value = measure(*products)
-            rest = [[i for i in range(args.repeats) if i != left_out] for left_out in range(args.repeats)]
-            without = torch.tensor([measure(*(one[few][:, few] for one in products)) for few in rest])
-            error = ((args.repeats - 1) * without.var(unbiased=False)).sqrt().item()
-            row += f"{value:10.2g} +- {error:<5.1g}" if name == "variance" else f"{value:10.3f} +- {error:<5.3f}"
-            found[kind, name, step] = [value - error, value + error]
-        print(row)
+    for kind, (number, name) in itertools.product(kinds, enumerate(names)):
+        form = "{:10.2g} +- {:<5.1g}" if name == "variance" else "{:10.3f} +- {:<5.3f}"
+        print(f"{kind:<10} {name:<15}" + "".join(form.format(*found[kind, step][number]) for step in steps))
     if args.save:
-        star.draw_lines([(kind, {step: found[kind, "agreement", step] for step in steps}, 3) for kind in kinds], args.save, "denoising step",
-                        "agreement: the share of signal in one estimate of the gradient", f"{settings.task}, {args.repeats} estimates of 96\npictures; band: standard error")
+        lines = [(kind, {step: [value - error, value + error] for step in steps for value, error in found[kind, step][1:2]}, 3) for kind in kinds]
+        star.draw_lines(lines, args.save, "denoising step", "agreement: the share of signal in one estimate of the gradient",
+                        f"{settings.task}, {args.repeats} estimates of 96\npictures; band: standard error")
+
+
+def gradient_measures(own, across, uniform):
+    """(variance, agreement, alignment), as `gradients` has them, from the products [N, N] of N estimates with each other, of them with
+    those of `uniform`, and of the latter with each other. Alignment is NaN where uniform's signal cannot be told from nothing."""
+    different = lambda products: ((products.sum() - products.trace()) / (len(products) * (len(products) - 1))).item()      # the mean of different estimates' products
+    square, length, signal = own.diagonal().mean().item(), own.diagonal().sqrt().mean().item(), different(uniform)
+    return square - different(own), different(own) / square, different(across) / length / signal**0.5 if signal > 0 else math.nan
 
 
 def images_to_reach(lines, goal):
@@ -275,25 +276,29 @@ def images_to_reach(lines, goal):
 
 
 def compare(args):
-    """Each kind of allocation against uniform, seed by seed, from runs in folders <task>-<kind>-<seed> that differ in nothing else; a table in Markdown."""
+    """Each kind of allocation against one of them, seed by seed, from runs in folders <task>-<kind>-<seed> that differ in nothing else; a table in Markdown.
+
+    Median over the seeds, in brackets the least and the most. A difference exceeds the spread if it has one sign on all seeds.
+    """
     heldout = lambda lines: [line["heldout_reward"] for line in lines if "heldout_reward" in line]
-    runs = {}
+    runs = {args.base: {}}
     for name in args.runs:
         kind, seed = Path(name).name.split("-")[-2:]
         runs.setdefault(kind, {})[int(seed)] = star.read_metrics(Path(name))
-    start, error = ([lines[0][key] for lines in runs["uniform"].values()] for key in ("heldout_reward", "heldout_reward_standard_error"))
+    start, error = ([lines[0][key] for lines in runs[args.base].values()] for key in ("heldout_reward", "heldout_reward_standard_error"))
     print(f"held-out reward before: {', '.join(f'{value:.3f}' for value in start)}; standard error of each {statistics.mean(error):.3f}")
     spread = lambda values, form: f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
-    print(f"| allocation | seeds | end | mean over the run | against uniform | pictures to {args.goal:.3g} | against uniform | pictures to uniform's end, against uniform |")
-    print("| --- " * 8 + "|")
+    print(f"| allocation | seeds | reward at the end | mean over the run | against {args.base}, seed by seed | better on | pictures to {args.goal:.3g} | against {args.base} | pictures to {args.base}'s end, against {args.base} |")
+    print("| --- " * 9 + "|")
     for kind, seeds in runs.items():
-        pairs = [(lines, runs["uniform"][seed]) for seed, lines in sorted(seeds.items()) if seed in runs["uniform"]]
+        pairs = [(lines, runs[args.base][seed]) for seed, lines in sorted(seeds.items()) if seed in runs[args.base]]
         gains = [statistics.mean(heldout(ours)) - statistics.mean(heldout(theirs)) for ours, theirs in pairs]
         reach = [images_to_reach(ours, args.goal) for ours, _ in pairs]
         sooner = [value / images_to_reach(theirs, args.goal) for value, (_, theirs) in zip(reach, pairs)]
         end = [images_to_reach(ours, heldout(theirs)[-1]) / images_to_reach(theirs, heldout(theirs)[-1]) for ours, theirs in pairs]
-        print(f"| {kind} | {len(pairs)} | {spread([heldout(ours)[-1] for ours, _ in pairs], '.3f')} | {spread([statistics.mean(heldout(ours)) for ours, _ in pairs], '.3f')} |"
-              f" {spread(gains, '+.3f')} | {spread(reach, '.0f')} | {spread(sooner, '.2f')} | {spread(end, '.2f')} |")
+        columns = [len(pairs), spread([heldout(ours)[-1] for ours, _ in pairs], '.3f'), spread([statistics.mean(heldout(ours)) for ours, _ in pairs], '.3f'),
+                   spread(gains, '+.3f'), f"{sum(gain > 0 for gain in gains)} of {len(gains)}", spread(reach, '.0f'), spread(sooner, '.2f'), spread(end, '.2f')]
+        print(f"| {kind} | " + " | ".join("" if kind == args.base and number in (3, 4, 6, 7) else str(column) for number, column in enumerate(columns)) + " |")
 
 
 def overhead(args):
@@ -433,6 +438,7 @@ def main():
     parser.add_argument("--kind", default="spatial", help="for train: uniform, spatial, spatiotemporal, lam0.5 (or another strength), shuffled, oracle")
     parser.add_argument("--seed", type=int, default=0, help="for train")
     parser.add_argument("--goal", type=float, default=0.8, help="for compare: the held-out reward to be reached")
+    parser.add_argument("--base", default="uniform", help="for compare: the kind that the others are compared with")
     parser.add_argument("--model", default=str(HERE / "sd3"))
     parser.add_argument("--pictures", type=int, default=192)
     parser.add_argument("--repeats", type=int, default=5)
