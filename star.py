@@ -7,14 +7,14 @@ those likelier that led to good pictures:
 
 1. Paint a group of pictures per prompt with a sampler that adds noise (`sde_step`, `rollout`). Each step then is a draw from
    a Gaussian around what the model proposes. That Gaussian is the *policy*, one such draw a *transition*.
-2. Judge the pictures. A reward minus the mean of its group, divided by their spread, is the *advantage*: how much better
-   than its siblings a picture is (`group_advantages`).
+2. Judge the pictures. A reward minus the mean of its group, divided by the rewards' spread, is the *advantage*: how much
+   better than its siblings a picture is (`group_advantages`).
 3. Raise the probability of the transitions of the better pictures and lower that of the others' (`star_loss`). New
    probability over old is the *ratio*.
 
 Flow-GRPO (arXiv 2505.05470) applies a picture's advantage with the same strength everywhere in it. STAR (arXiv 2606.17979)
 asks the model itself where the words that matter went, the *core words*, and applies it there: the image positions whose
-attention falls on those words get a large share of it and the others a small one. Public of STAR is its abstract; how
+attention falls on those words get a large share of it and the others a small one. Only STAR's abstract is public; how
 attention becomes a map (`AttentionAllocator`), a map becomes weights (`allocation_weights`) and the ratio one per position
 (`star_loss`) are this project's own choices.
 
@@ -23,7 +23,8 @@ group_advantages, star_loss, one iteration. That is the method. Then come pictur
 
 Symbols: x latents [B, C, H, W] of B pictures; sigma the noise level, from 1 (noise) to 0 (picture); v the velocity; k one
 of the T denoising steps, S of which are trained; p one of the H x W positions, which share h x w image tokens; m the map,
-w the weights, A the advantage; K prompts with G pictures each. In shapes, L is the number of text tokens.
+w the weights, A the advantage; K prompts with G pictures each; b, c one picture, one channel; lam, a, eps, beta four strengths
+(allocation, noise, clipping, KL). In shapes, L is the number of text tokens and D a number of features.
 """
 import argparse
 import itertools
@@ -66,8 +67,8 @@ transformers_logging.disable_progress_bar()
 
 # ------------------------------------------------------------------------------------------------------------- arguments
 
-def option(default, help, choices=None):
-    return field(default=default, metadata={"help": help, "choices": choices})
+def option(default, help, choices=None, metavar=None):
+    return field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar})
 
 
 @dataclass
@@ -77,10 +78,10 @@ class Arguments:
     # The run
     task: str = option("ocr", "what is rewarded: ocr, geneval, pickscore, your FILE.py:CLASS, or a mixture such as ocr:0.7,pickscore:0.3")
     model: str = option("tiny/sd3", "folder or hub name of a Stable Diffusion 3 pipeline")
-    prompts: str = option(None, "file with one training prompt per line; the task's own by default")
-    heldout_prompts: str = option(None, "file with one prompt per line for evaluation; the task's own by default")
-    reward_model: str = option(None, "folder or hub name of what judges, two with a comma where a task needs two, tasks separated by semicolons")
-    out: str = option(None, "folder for everything the run writes; runs/<task>-<allocation>-<seed> by default")
+    prompts: str = option(None, "file with one training prompt per line; the task's own by default", metavar="FILE")
+    heldout_prompts: str = option(None, "file with one prompt per line for evaluation; the task's own by default", metavar="FILE")
+    reward_model: str = option(None, "folder or hub name of the model that judges; two with a comma where a task needs two, semicolons between tasks")
+    out: str = option(None, "folder for everything the run writes; runs/<task>-<allocation>-<seed> by default", metavar="FOLDER")
     resume: bool = option(False, "continue the run in --out from its last checkpoint")
     seed: int = option(0, "seed of prompts and noise")
     iterations: int = option(20, "iterations of sampling and updating")
@@ -90,20 +91,20 @@ class Arguments:
     keep: int = option(1, "checkpoints to keep, the newest ones")
 
     # Allocation
-    allocation: str = option("spatial", "uniform: all positions alike, Flow-GRPO; spatial weighs positions, spatiotemporal steps as well",
+    allocation: str = option("spatial", "uniform: all positions alike, as in Flow-GRPO; spatial weighs positions, spatiotemporal steps as well",
                              ("uniform", "spatial", "spatiotemporal"))
     lam: float = option(1.0, "strength of the allocation, from 0 (as uniform) to 1")
-    map_blocks: str = option(None, "transformer blocks whose attention makes the map, such as 2,3; the last quarter by default")
+    map_blocks: str = option(None, "transformer blocks whose attention makes the map, such as 2,3; the last quarter by default", metavar="LIST")
 
     # Sampling
     prompts_per_iteration: int = option(6, "K, prompts per iteration")
     group_size: int = option(16, "G, pictures per prompt")
     batch_size: int = option(48, "pictures in one forward pass; divides prompts_per_iteration * group_size")
-    height: int = option(None, "height and width of the pictures in pixels; the model's own by default")
+    height: int = option(None, "height and width of the pictures in pixels; by default the miniature's 32, 512 for full-size models")
     steps: int = option(10, "T, denoising steps")
     evaluation_steps: int = option(10, "denoising steps of the pictures painted for evaluation")
     stochastic_steps: int = option(3, "S, how many of these steps are stochastic and trained in each iteration")
-    stochastic_range: str = option("0-3", "first and last step that may be stochastic")
+    stochastic_range: str = option("0-3", "first and last step that may be stochastic", metavar="FIRST-LAST")
     stochastic_choice: str = option("window", "consecutive steps (window) or any (random), drawn anew in each iteration", ("window", "random"))
     noise_level: float = option(0.7, "a, strength of the noise of a stochastic step")
     guidance_scale: float = option(1.0, "classifier-free guidance in sampling, training and evaluation; 1 is none")
@@ -120,8 +121,8 @@ class Arguments:
     clip_range: float = option(2e-2, "eps of the clipped objective, for per-position ratios; acts only from an iteration's second update on")
     advantage_clip: float = option(5.0, "advantages are kept within plus and minus this")
     global_std: bool = option(False, "divide advantages by the deviation of all rewards of the iteration instead of their group's")
-    kl_weight: float = option(0.0, "beta, pull towards the starting weights; 0 keeps no copy of them")
-    ema_decay: float = option(0.0, "average the weights with this decay for evaluation and the checkpoint; 0 does not")
+    kl_weight: float = option(0.0, "beta, the weight of the pull towards the starting weights; 0 keeps no copy of them")
+    ema_decay: float = option(0.0, "exponential moving average of the weights, with this decay, for evaluation and the checkpoint; 0 is none")
 
     # Machine
     device: str = option("auto", "auto: cuda where there is one", ("auto", "cpu", "cuda"))
@@ -139,7 +140,7 @@ FULL_SIZE = dict(
     stochastic_steps=3, stochastic_range="0-4",     # F (its fast variant): a window of 3 steps in the first half
     weight_decay=1e-4, max_gradient_norm=1.0, advantage_clip=5.0,                                                                        # F
     clip_range=6e-3,                # F has 1e-4 for one ratio per picture; one per position spreads sqrt(64 * 64) times as far (`star_loss`)
-    learning_rate=1e-5,             # F has 3e-4, for LoRA; full-parameter training needs far less
+    learning_rate=1e-5,             # F has 3e-4, for low-rank adapters (LoRA); full-parameter training needs far less
     ema_decay=0.99,                 # F averages with 0.9 after every eighth update, which is about the same
     max_sequence_length=256,        # as diffusers' pipeline does by default
     prompts_per_iteration=8, batch_size=8, gradient_checkpointing=True, iterations=500, evaluate_every=20, save_every=20)
@@ -201,9 +202,9 @@ class AttentionAllocator:
     In SD3's joint blocks image and text attend together: every image query has a softmax over [image; text] keys. The map
     is the part of that softmax which falls on the core tokens (STAR has maps from "text-image attention"; this form is ours):
 
-        m[b, p] = mean over heads and blocks of  sum over core tokens j of  softmax(q[p] . k / sqrt(d))[j]
+        m[b, p] = mean over heads and blocks of  sum over core tokens j of  softmax(query[p] . key / sqrt(D))[j]
 
-    Attention is just such a sum, of softmax[j] times value[j] over all j. With the indicator of the core tokens in place
+    Attention is just such a sum, of softmax[j] times value[j] over all tokens j. With the indicator of the core tokens in place
     of the values it is the sum wanted here; so the fused kernel computes the map, and no attention matrix is ever kept.
 
     The block's own processor still computes the block's output, so the transformer's result is the same to the bit. The map
@@ -248,7 +249,7 @@ class AttentionAllocator:
         return processor
 
     def core_mass(self, attention, image, text):
-        """Attention mass on the core tokens [B, image tokens], from the block's normalised features, image and text [B, tokens, D]."""
+        """Attention mass on the core tokens [B, image tokens], from the block's normalised features [B or 2 B, tokens, D]."""
         batch, length = self.core_tokens.shape
         if len(image) not in (batch, 2 * batch) or text.shape[1] != length:
             raise ValueError(f"core_tokens is for {batch} pictures and {length} text tokens, but the transformer was given {len(image)} and"
@@ -279,15 +280,15 @@ def default_map_blocks(count):
 def allocation_weights(maps, size, allocation="spatial", lam=1.0):
     """Attention maps to weights (STAR allocates; this form of it is ours):
 
-        w[b, k, p] = (1 - lam) + lam * m[b, k, p] / mean(m)
+        spatial:           w[b, k, p] = (1 - lam) + lam * m[b, k, p] / (mean of m[b, k] over p)
+        spatiotemporal:    w[b, k, p] = (1 - lam) + lam * m[b, k, p] / (mean of m[b] over k and p)
 
-    The mean runs over positions (`spatial`), or over steps and positions (`spatiotemporal`: a step whose attention on the
-    core words is strong gets more than others). Dividing by it gives weights of mean 1 over the same: the advantage is
-    handed out differently, not increased, so that learning rate and clip range mean what they meant before. Where no
-    attention at all falls on core words, in particular where a prompt has none, w = 1.
+    In the second, a step whose attention on the core words is strong gets more than others. Dividing by the mean gives
+    weights of mean 1: the advantage is handed out differently, not increased. Where no attention at all falls on core words,
+    in particular where a prompt has none, w = 1.
 
     Args: maps [B, S, h, w] >= 0, those of the trained steps alone; size, the (H, W) of the latents, multiples of (h, w);
-        allocation, spatial or spatiotemporal; lam in [0, 1]. For video, maps [B, S, f, h, w] and size (F, H, W).
+        allocation, spatial or spatiotemporal (uniform is w = 1 without any map); lam in [0, 1]. For video, maps [B, S, f, h, w] and size (F, H, W).
     Returns: weights [B, S, H, W] (or [B, S, F, H, W]), mean 1, >= 0.
     """
     maps = F.interpolate(maps, size=size, mode="nearest")                # a token speaks for all positions of its patch
@@ -300,7 +301,7 @@ def allocation_weights(maps, size, allocation="spatial", lam=1.0):
 # -------------------------------------------------------------------------------------------------------------- sde_step
 
 def sde_step(latents, velocity, sigma, sigma_next, sigma_max, noise_level, noise):
-    """One step of the flow as a stochastic differential equation (Flow-GRPO, section "From ODE to SDE").
+    """One step of the flow as a stochastic differential equation, SDE (Flow-GRPO, section "From ODE to SDE").
 
         s    = a * sqrt(sigma / (1 - sigma))            where sigma = 1, sigma_max stands in the denominator
         mean = x * (1 + s^2 / (2 sigma) * dt) + v * (1 + s^2 (1 - sigma) / (2 sigma)) * dt
@@ -310,13 +311,14 @@ def sde_step(latents, velocity, sigma, sigma_next, sigma_max, noise_level, noise
     with dt = sigma_next - sigma < 0, and SD3's convention x = (1 - sigma) * picture + sigma * noise, v = dx / dsigma.
 
     Why noise at all? A deterministic sampler has no probabilities, so there is nothing that a policy gradient could raise.
-    Why the terms with s^2 in the mean? Noise alone would make x ever wider than anything the model has learned to go on
-    from. They draw it back to where it is dense by just as much, so that at every sigma x is distributed as under the
-    plain flow (exactly for small steps). `noise_level` a = 0 is the plain flow's Euler step.
-    Why sigma_max? At sigma = 1 the denominator would be 0; the schedule's next sigma is Flow-GRPO's way out.
+    Why is the mean not the plain flow's, x + v * dt? Noise alone would make x ever wider than anything the model has learned
+    to go on from. The terms with s^2 are -dt * s^2 / 2 times the score, the direction in which x becomes more probable,
+    which is -(x + (1 - sigma) v) / sigma. They pull x together by as much as the noise spreads it: at every sigma x is distributed as
+    under the plain flow, in the limit of small steps. `noise_level` a = 0 is the plain flow's Euler step.
+    Why sigma_max? At sigma = 1 the denominator would be 0; Flow-GRPO lets the schedule's next sigma stand in for it there.
 
     Args: latents x and velocity v [B, C, H, W]; sigma > sigma_next, floats in [0, 1]; sigma_max, the schedule's
-        second-highest sigma; noise [B, C, H, W], standard normal, or 0.0 where only the mean is wanted.
+        second sigma; noise [B, C, H, W], standard normal, or 0.0 where only the mean is wanted.
     Returns: (next latents x', mean, std), the first two [B, C, H, W] in float32, std a float.
     """
     latents, velocity = latents.float(), velocity.float()
@@ -332,12 +334,12 @@ def position_log_prob(sample, mean, std):
 
         logp[b, p] = mean over channels of  log N(x'[b, :, p]; mean[b, :, p], std^2)
 
-    The noise of one position is independent of the others', so the density of the whole step is the product of the
-    positions' densities. Each position thus is a decision of its own, with a probability and a ratio of its own; nothing
-    is approximated by looking at them one by one. How much each then counts is a choice, the weights.
+    Given x and v, the noise of one position is independent of the others', so the density of the whole step is exactly the
+    product of the positions' densities. Each position is a decision of its own, with a probability and a ratio of its own.
+    How much each then counts is a choice, the weights: unequal ones follow another direction than the plain gradient.
 
     The mean over positions is Flow-GRPO's log-probability of the step. Mean and not sum over channels is its convention,
-    too: the ratio is then the C-th root of the true one, which keeps it near 1, and the first gradient only 1 / C as long.
+    too. The ratio is then the C-th root of the true one, which keeps it near 1; where it is 1, the gradient is 1 / C as long.
 
     Args: sample, mean [B, C, H, W]; std > 0, a float or a tensor such as [B, 1, 1, 1], sqrt(-dt) included.
     Returns: [B, H, W].
@@ -351,8 +353,8 @@ def position_log_prob(sample, mean, std):
 class Rollout:
     """What a rollout leaves behind."""
     latents: torch.Tensor        # [B, T + 1, C, H, W]: pure noise first, the finished picture last
-    log_prob: torch.Tensor       # [B, S, H, W] of the transitions of the stochastic steps
-    maps: torch.Tensor           # [B, number of map steps, h, w] attention on the core words
+    log_prob: torch.Tensor       # [B, S, H, W] of the transitions of the stochastic steps; None if there are none
+    maps: torch.Tensor           # [B, number of map steps, h, w] attention on the core words; None likewise
 
 
 def predict_velocity(transformer, latents, sigma, prompt, guidance_scale, empty_prompt):
@@ -365,7 +367,7 @@ def predict_velocity(transformer, latents, sigma, prompt, guidance_scale, empty_
         return transformer(latents, *prompt, timestep, return_dict=False)[0]
     context, pooled = (torch.cat([empty.expand_as(full), full]) for empty, full in zip(empty_prompt, prompt))
     timestep = latents.new_full((2 * len(latents),), sigma * 1000)
-    without, given = transformer(latents.repeat(2, 1, 1, 1), context, pooled, timestep, return_dict=False)[0].float().chunk(2)
+    without, given = transformer(torch.cat([latents, latents]), context, pooled, timestep, return_dict=False)[0].float().chunk(2)
     return without + guidance_scale * (given - without)
 
 
@@ -402,9 +404,10 @@ def rollout(transformer, latents, prompt, empty_prompt, sigmas, stochastic_steps
 def transition(transformer, painted, step, prompt, empty_prompt, sigmas, noise_level, guidance_scale):
     """The policy's Gaussian for step number `step` of a Rollout `painted`: (mean [B, C, H, W], std, a float).
 
-    The rollout has computed it already, but without the graph that a gradient needs; and after an update the weights, and
-    so the Gaussian, are others: how much likelier it makes what was drawn is the ratio. With the rollout's weights, batches
-    and dtypes it is the rollout's to the bit. So the first ratio is 1, as it must be: nothing has been learned yet.
+    The rollout has computed it already, but without the graph that a gradient needs. And after an update the weights, and
+    so the Gaussian, are others; the ratio says how much likelier the new one makes the sample that was drawn. With the
+    rollout's weights, batches and dtypes this is the rollout's own Gaussian, so that the first ratio is 1, as it must be:
+    nothing has been learned yet.
     """
     latents = painted.latents[:, step]
     velocity = predict_velocity(transformer, latents, sigmas[step], prompt, guidance_scale, empty_prompt)
@@ -417,10 +420,10 @@ def transition(transformer, painted, step, prompt, empty_prompt, sigmas, noise_l
 def group_advantages(rewards, global_std=False, clip=None, eps=1e-4):
     """How much better than its siblings a picture is (Flow-GRPO, section "GRPO on Flow Matching").
 
-        A[k, g] = (r[k, g] - mean of group k) / (std + eps)
+        A[i, g] = (r[i, g] - mean over g of r[i]) / (std over g of r[i] + eps)          for prompt i and its picture g
 
-    Rewards of one prompt are compared with each other alone: how hard the prompt is drops out, and the worse pictures of
-    an easy prompt are made less likely, too.
+    Rewards of one prompt are compared with each other alone, so how hard the prompt is drops out, without a second network
+    that would have to predict it; the worse pictures of an easy prompt are made less likely, too.
 
     Args: rewards r [K, G]; global_std, divide by the deviation of all rewards instead of each group's; clip, keep
         advantages within plus and minus this. Returns: [K, G], before clipping with mean 0 in each group; a group of equal
@@ -445,10 +448,10 @@ def star_loss(log_prob, old_log_prob, advantages, weights, clip_range):
     than eps away from 1 in the direction that A wants, the clipped term is the smaller one, and constant: its gradient
     ends. Where it went the other way the first term is the smaller one and brings it back.
 
-    What of this is Flow-GRPO? It has one ratio per picture, exp of the mean over p. At ratio = 1 nothing is clipped and the
-    derivative of a ratio is that of its logarithm; so with w = 1 the first gradient after a rollout is Flow-GRPO's own.
-    With one update per iteration, the default, every gradient is a first one. Later ones differ: positions are clipped
-    one by one.
+    What of this is Flow-GRPO? It has one ratio per picture and step, exp of the mean over p. At ratio = 1 nothing is clipped
+    and the derivative of a ratio is that of its logarithm; so with w = 1 the first gradient after a rollout is Flow-GRPO's
+    own (the KL aside, see FULL_SIZE_TASK). With one update per iteration, the default, every gradient is a first one.
+    Later ones differ: positions are clipped one by one.
 
     Why another clip range? A position averages C terms where Flow-GRPO averages C * H * W, so its log-ratio spreads about
     sqrt(H * W) times as far, and eps should be as much wider.
@@ -474,8 +477,9 @@ def kl_to_start(mean, start_mean, std):
 
         KL[b, p] = mean over channels of  (mean_new - mean_start)^2 / (2 std^2)
 
-    which is the Kullback-Leibler divergence of two Gaussians of the same std. It is not weighted: where no core words are,
-    nothing else keeps the picture as it was. Args: mean, start_mean [B, C, H, W]; std, a float. Returns: [B, H, W].
+    which is the Kullback-Leibler divergence of two Gaussians of the same std, per channel. It is not weighted: all positions
+    share the model's parameters, so those with little weight change, too, and only this holds them.
+    Args: mean, start_mean [B, C, H, W]; std, a float. Returns: [B, H, W].
     """
     return ((mean - start_mean) ** 2 / (2 * std**2)).mean(1)
 
@@ -595,7 +599,7 @@ def iterate(run, iteration, allocation):
     # 3. Judge them, and compare each with its group.
     pictures = [picture for painted in rollouts for picture in decode(run.pipeline.vae, painted.latents[:, -1])]
     watch.lap("decode")
-    rewards = run.task.reward(pictures, [prompts[k] for k in group])
+    rewards = run.task.reward(pictures, [prompts[i] for i in group])
     grouped = rewards.view(args.prompts_per_iteration, args.group_size)
     advantages = group_advantages(grouped, args.global_std, args.advantage_clip).flatten().to(run.device)
     watch.lap("reward")
@@ -726,7 +730,7 @@ def draw_curve(runs, path):
         name = same[0][0] if len(same) == 1 else f"{kind}, {len(same)} seeds"
         for key, thickness in [("heldout_reward", 3), ("reward_mean", 1)][:1 + with_training]:
             points = {}
-            for line in (line for _, metrics in same for line in metrics if key in line):
+            for line in (line for _, metrics in same for line in metrics if line.get(key) is not None):
                 points.setdefault(line["images"], []).append(line[key])
             lines.append((name, points, thickness))
     note = "thick: held-out prompts\nthin: training prompts" if with_training else "held-out prompts: mean of the\nseeds, band from least to most"
@@ -851,7 +855,9 @@ SECTIONS = {"task": "the run", "allocation": "allocation", "prompts_per_iteratio
 
 def parse_arguments(argv=None):
     """The run's Arguments, and what was asked for instead of a run: a namespace of plot, benchmark, maps and words."""
-    parser = argparse.ArgumentParser(usage="python star.py --task ocr [--option value ...]", description=__doc__.split("\n\n")[0],
+    parser = argparse.ArgumentParser(usage="python star.py --task ocr [--option value ...]",
+                                     description=__doc__.split("\n\n")[0] + " The defaults below are the miniature's; a full-size model has others, see"
+                                     " FULL_SIZE in star.py. For a letter such as G or a, see the symbols at the top of that file.",
                                      formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=140))
     for item in fields(Arguments):
         if item.name in SECTIONS:
@@ -861,11 +867,11 @@ def parse_arguments(argv=None):
         if item.type is bool:
             group.add_argument(flag, default=item.default, action=argparse.BooleanOptionalAction, help=says)
         else:
-            metavar = None if choices else {int: "N", float: "X", str: "NAME"}[item.type]
+            metavar = None if choices else item.metadata["metavar"] or {int: "N", float: "X", str: "NAME"}[item.type]
             group.add_argument(flag, default=item.default, type=item.type, choices=choices, metavar=metavar, help=says)
     others = parser.add_argument_group("instead of a run")
     others.add_argument("--plot", nargs="+", metavar="RUN", help="draw the curves of these runs' folders into one curve.png and end")
-    others.add_argument("--benchmark", nargs="?", type=int, const=5, metavar="REPEATS", help="time iterations of uniform and of spatial in turn, REPEATS of each")
+    others.add_argument("--benchmark", nargs="?", type=int, const=5, metavar="REPEATS", help="time iterations of uniform and of spatial in turn, REPEATS (default: 5) of each")
     others.add_argument("--maps", metavar="PROMPT", help="paint this prompt, draw where the model looks for its words into maps.png, and end")
     others.add_argument("--words", help="for --maps: the words to look for; by default what stands in quotation marks, or else the content words")
     given = parser.parse_args(argv)

@@ -1,6 +1,6 @@
 """What must be true of STAR, checked on closed forms and on the trained miniature: `python -m pytest`.
 
-The numbered tests are the nine points of the specification that README.md lists under "What must hold".
+The numbered tests are the nine points that README.md lists in section 2, "What must hold".
 """
 import copy
 import inspect
@@ -828,15 +828,21 @@ def readme_block(language, holds):
 
 
 def test_the_readme_s_pipeline_call_makes_maps(pipeline, monkeypatch):
-    """Guidance is on, as by default: the picture is what it is without the allocator, and the last map lies in the right places."""
+    """The picture is what it is without the allocator, and the map of a step is what the step's latents give by themselves."""
     monkeypatch.chdir(HERE)
-    namespace = {}
+    namespace, states = {}, []
     torch.manual_seed(3)
     exec(readme_block("python", "allocator.recorded"), namespace)
     torch.manual_seed(3)
-    plain = pipeline(namespace["prompt"], num_inference_steps=10, max_sequence_length=24).images[0]
-    assert namespace["image"].tobytes() == plain.tobytes()
-    assert namespace["maps"].shape == (10, 1, 64) and namespace["maps"][9].std() > 2 * namespace["maps"][0].std()
+    prompt, maps = namespace["prompt"], namespace["maps"]
+    plain = pipeline(prompt, num_inference_steps=10, guidance_scale=3.0, max_sequence_length=24,
+                     callback_on_step_end=lambda _, step, timestep, tensors: states.append(tensors["latents"]) or {}).images[0]
+    assert namespace["image"].tobytes() == plain.tobytes() and maps.shape == (10, 1, 64)
+    given, empty, sigmas = star.encode(pipeline, [prompt], 24), star.encode(pipeline, [""], 24), star.schedule(pipeline, 10)
+    for step in (1, 5, 9):
+        with torch.no_grad(), star.AttentionAllocator(pipeline.transformer, namespace["core_tokens"], [3]) as allocator:
+            star.predict_velocity(pipeline.transformer, states[step - 1], sigmas[step], given, 3.0, empty)
+        torch.testing.assert_close(maps[step], allocator.map(), atol=1e-5, rtol=0)
 
 
 def test_allocator_with_several_pictures_per_prompt(pipeline):
