@@ -499,6 +499,8 @@ def make_task(description: str, prompts: str = None, heldout_prompts: str = None
     parts = parts_of(description)
     if min(weight for _, weight in parts) < 0 or sum(weight for _, weight in parts) <= 0:
         raise ValueError(f"--task {description}: the weights must be 0 or more and their sum above 0.")
+    if len(models) > len(parts):
+        raise ValueError(f"--reward-model names models for {len(models)} tasks, separated by semicolons, but --task {description} has {len(parts)}.")
     tasks = []
     for (name, _), model in itertools.zip_longest(parts, models):
         tasks.append(task_class(name)(prompts, heldout_prompts, model))

@@ -49,6 +49,7 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers.models.attention_processor import JointAttnProcessor2_0
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
@@ -223,16 +224,19 @@ class AttentionAllocator:
             [unconditional; conditional], as diffusers has it, and only its last B rows are recorded: the map comes from
             the conditional half.
         blocks: indices of the joint blocks to look at (see `default_map_blocks`).
-    Raises: ValueError where the transformer is called with other numbers of pictures or text tokens.
+    Raises: ValueError where the transformer is called with other numbers of pictures or text tokens, and where its attention
+        is not SD3's plain one (an adapter's, or one that an allocator records already).
     """
 
     def __init__(self, transformer, core_tokens, blocks):
         self.attentions = [transformer.transformer_blocks[index].attn for index in blocks]
         self.core_tokens = core_tokens
-        self.recorded = []
 
     def __enter__(self):
-        self.originals = [attention.processor for attention in self.attentions]
+        for processor in (attention.processor for attention in self.attentions):
+            if type(processor) is not JointAttnProcessor2_0:
+                raise ValueError(f"AttentionAllocator records JointAttnProcessor2_0, not {getattr(processor, '__qualname__', type(processor).__name__)}.")
+        self.recorded, self.originals = [], [attention.processor for attention in self.attentions]
         for attention, original in zip(self.attentions, self.originals):
             attention.processor = self.recording(original)
         return self
@@ -288,14 +292,14 @@ def allocation_weights(maps, size, allocation="spatial", lam=1.0):
     in particular where a prompt has none, w = 1.
 
     Args: maps [B, S, h, w] >= 0, those of the trained steps alone; size, the (H, W) of the latents, multiples of (h, w);
-        allocation, spatial or spatiotemporal (uniform is w = 1 without any map); lam in [0, 1]. For video, maps [B, S, f, h, w] and size (F, H, W).
-    Returns: weights [B, S, H, W] (or [B, S, F, H, W]), mean 1, >= 0.
+        allocation, spatial or spatiotemporal (uniform is w = 1 without any map); lam in [0, 1]. For video, maps
+        [B, S, f, h, w] and size (F, H, W).
+    Returns: weights [B, S, H, W] (or [B, S, F, H, W]) in float32, mean 1, >= 0.
     """
-    maps = F.interpolate(maps, size=size, mode="nearest")                # a token speaks for all positions of its patch
+    maps = F.interpolate(maps.float(), size=size, mode="nearest")        # a token speaks for all positions of its patch
     first = {"spatial": 2, "spatiotemporal": 1}[allocation]
     mean = maps.mean(dim=tuple(range(first, maps.dim())), keepdim=True)
-    relative = torch.where(mean > 0, maps / mean, 1.0)
-    return (1 - lam) + lam * relative
+    return (1 - lam) + lam * torch.where(mean == 0, 1.0, maps / mean)
 
 
 # -------------------------------------------------------------------------------------------------------------- sde_step
@@ -313,8 +317,8 @@ def sde_step(latents, velocity, sigma, sigma_next, sigma_max, noise_level, noise
     Why noise at all? A deterministic sampler has no probabilities, so there is nothing that a policy gradient could raise.
     Why is the mean not the plain flow's, x + v * dt? Noise alone would make x ever wider than anything the model has learned
     to go on from. The terms with s^2 are -dt * s^2 / 2 times the score, the direction in which x becomes more probable,
-    which is -(x + (1 - sigma) v) / sigma. They pull x together by as much as the noise spreads it: at every sigma x is distributed as
-    under the plain flow, in the limit of small steps. `noise_level` a = 0 is the plain flow's Euler step.
+    which is -(x + (1 - sigma) v) / sigma. They pull x together by as much as the noise spreads it: at every sigma x is
+    distributed as under the plain flow, in the limit of small steps. `noise_level` a = 0 is the plain flow's Euler step.
     Why sigma_max? At sigma = 1 the denominator would be 0; Flow-GRPO lets the schedule's next sigma stand in for it there.
 
     Args: latents x and velocity v [B, C, H, W]; sigma > sigma_next, floats in [0, 1]; sigma_max, the schedule's
@@ -344,6 +348,7 @@ def position_log_prob(sample, mean, std):
     Args: sample, mean [B, C, H, W]; std > 0, a float or a tensor such as [B, 1, 1, 1], sqrt(-dt) included.
     Returns: [B, H, W].
     """
+    sample, mean = sample.float(), mean.float()
     return (-((sample - mean) ** 2) / (2 * std**2) - torch.as_tensor(std).log() - 0.5 * math.log(2 * math.pi)).mean(1)
 
 
@@ -491,9 +496,11 @@ def visiting(device, *modules):
     """Within, the modules are on `device`; afterwards they wait on the CPU, where they take no room from the training."""
     for module in modules:
         module.to(device)
-    yield
-    for module in modules:
-        module.to("cpu")
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.to("cpu")
 
 
 @torch.no_grad()
@@ -562,6 +569,15 @@ class Stopwatch:
         self.start()
 
 
+def rewards_of(task, pictures, prompts):
+    """The task's rewards, float32 [B]. Ends the program where they are not one finite number per picture: they would train nothing."""
+    rewards = torch.as_tensor(task.reward(pictures, prompts), dtype=torch.float32, device="cpu")
+    if rewards.shape != (len(pictures),) or not rewards.isfinite().all():
+        stop(f"the reward of {type(task).__name__} must be a finite number for each of {len(pictures)} pictures, but it is of shape"
+             f" {tuple(rewards.shape)} with {(~rewards.isfinite()).sum()} that are not finite; --resume continues from the last checkpoint.")
+    return rewards
+
+
 def iterate(run, iteration, allocation):
     """One iteration of a Run: sample, judge, update. `allocation` as in Arguments. Returns its line of metrics."""
     args, transformer = run.args, run.pipeline.transformer
@@ -599,7 +615,7 @@ def iterate(run, iteration, allocation):
     # 3. Judge them, and compare each with its group.
     pictures = [picture for painted in rollouts for picture in decode(run.pipeline.vae, painted.latents[:, -1])]
     watch.lap("decode")
-    rewards = run.task.reward(pictures, [prompts[i] for i in group])
+    rewards = rewards_of(run.task, pictures, [prompts[i] for i in group])
     grouped = rewards.view(args.prompts_per_iteration, args.group_size)
     advantages = group_advantages(grouped, args.global_std, args.advantage_clip).flatten().to(run.device)
     watch.lap("reward")
@@ -666,7 +682,7 @@ def evaluate(run, prompts, encoded):
             painted = rollout(pipeline.transformer, latents[part], tuple(each[part] for each in encoded), run.empty_prompt, sigmas, (), generator,
                               guidance_scale=args.guidance_scale)
         pictures += decode(pipeline.vae, painted.latents[:, -1])
-    return run.task.reward(pictures, prompts), pictures
+    return rewards_of(run.task, pictures, prompts), pictures
 
 
 def mean_and_error(name, values):
@@ -725,7 +741,7 @@ def draw_curve(runs, path):
     """
     kinds, with_training, lines = {}, len(runs) < 3, []
     for name, metrics in runs:
-        kinds.setdefault(name.rstrip("0123456789").rstrip("-"), []).append((name, metrics))
+        kinds.setdefault(re.sub(r"-\d+$", "", name), []).append((name, metrics))
     for kind, same in kinds.items():
         name = same[0][0] if len(same) == 1 else f"{kind}, {len(same)} seeds"
         for key, thickness in [("heldout_reward", 3), ("reward_mean", 1)][:1 + with_training]:
@@ -761,7 +777,10 @@ def draw_lines(lines, path, across, up, note=""):
         if any(len(there) > 1 for there in points.values()):
             draw.polygon([place(x, min(points[x])) for x in sorted(points)] + [place(x, max(points[x])) for x in sorted(points, reverse=True)], fill=colours[name] + "28")
     for name, points, thickness in lines:
-        draw.line([place(x, statistics.mean(points[x])) for x in sorted(points)], fill=colours[name], width=2 * thickness, joint="curve")
+        means = [place(x, statistics.mean(points[x])) for x in sorted(points)]
+        draw.line(means, fill=colours[name], width=2 * thickness, joint="curve")
+        for x, y in means:
+            draw.ellipse([x - 2 * thickness, y - 2 * thickness, x + 2 * thickness, y + 2 * thickness], fill=colours[name])
     for number, (name, colour) in enumerate(colours.items()):
         draw.text((width - right + 28, top + row * number), name, colour, font)
     draw.text((width - right + 28, height - bottom), note, "#555555", font, anchor="ld")
@@ -789,13 +808,21 @@ def save_checkpoint(folder, pipeline, optimizer, average, iteration, keep):
         if before is None:
             pipeline.save_pretrained(partial)
         else:
-            shutil.copytree(before, partial, copy_function=os.link, ignore=shutil.ignore_patterns("transformer", "training.safetensors", "iteration.json"))
+            shutil.copytree(before, partial, copy_function=link_or_copy, ignore=shutil.ignore_patterns("transformer", "training.safetensors", "iteration.json"))
             pipeline.transformer.save_pretrained(partial / "transformer")
     save_file(state, partial / "training.safetensors", metadata={"format": "pt"})
     (partial / "iteration.json").write_text(json.dumps({"iteration": iteration}))
     partial.rename(folder / f"checkpoint-{iteration}")
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
+
+
+def link_or_copy(source, target):
+    """A hard link, or a copy on a file system that has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def checkpoints(folder):
@@ -827,8 +854,10 @@ def averaged(transformer, average):
         for name, parameter in transformer.named_parameters() if average else ():
             parameter.data, average[name] = average[name].to(parameter.device), parameter.data.to(average[name].device)
     swap()
-    yield
-    swap()
+    try:
+        yield
+    finally:             # also where a full disk ends the writing of a checkpoint
+        swap()
 
 
 def write_whole(path, text):
@@ -845,7 +874,11 @@ def read_metrics(folder):
 
 def metrics_line(values):
     """One line of metrics.jsonl; JSON knows no NaN, so what is not finite is null."""
-    return json.dumps({key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}) + "\n"
+    def finite(value):
+        if isinstance(value, dict):
+            return {key: finite(each) for key, each in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(finite(values)) + "\n"
 
 
 # ------------------------------------------------------------------------------------------------------------------ main
@@ -908,20 +941,15 @@ def check(args):
     for name, value in asdict(args).items():
         if type(value) is int and value < 1 and name != "seed":
             stop(f"--{name.replace('_', '-')} is {value}; it is a count and must be 1 or more.")
-    images = args.prompts_per_iteration * args.group_size
-    if args.group_size < 2:
-        stop(f"--group-size is {args.group_size}, but an advantage compares pictures of one prompt: use 2 or more.")
-    if images % args.batch_size or (images // args.batch_size) % args.updates_per_iteration:
-        stop(f"--prompts-per-iteration * --group-size = {images} pictures cannot be divided into --batch-size {args.batch_size}"
-             f" and --updates-per-iteration {args.updates_per_iteration}; choose numbers that divide.")
-    first, last = stochastic_range(args)
-    if not 0 <= first <= last < args.steps or not 1 <= args.stochastic_steps <= last - first + 1:
-        stop(f"--stochastic-range {args.stochastic_range} must lie within steps 0 to {args.steps - 1} and hold --stochastic-steps"
-             f" {args.stochastic_steps}.")
-    if not 0 <= args.lam <= 1:
-        stop(f"--lam is {args.lam}; it runs from 0 (no allocation) to 1 (all of it).")
-    if args.noise_level <= 0:
-        stop(f"--noise-level is {args.noise_level}; without noise there are no probabilities to train: use a number above 0, such as 0.7.")
+    for name, good, needed in (
+            ("lam", 0 <= args.lam <= 1, "between 0 (no allocation) and 1 (all of it)"),
+            ("noise_level", args.noise_level > 0, "above 0, such as 0.7: without noise there are no probabilities to train"),
+            ("learning_rate", args.learning_rate > 0, "above 0"), ("weight_decay", args.weight_decay >= 0, "0 or more"),
+            ("max_gradient_norm", args.max_gradient_norm > 0, "above 0"), ("clip_range", args.clip_range > 0, "above 0"),
+            ("advantage_clip", args.advantage_clip > 0, "above 0"), ("kl_weight", args.kl_weight >= 0, "0 or more"),
+            ("ema_decay", 0 <= args.ema_decay < 1, "0 (no average) or more, and less than 1")):
+        if not good:
+            stop(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be {needed}.")
     for flag in ("device", "reward_device"):
         if getattr(args, flag) == "cuda" and not torch.cuda.is_available():
             stop(f"--{flag.replace('_', '-')} cuda was asked for, but PyTorch finds no CUDA device here; use cpu.")
@@ -933,10 +961,22 @@ def check(args):
         stop(f"--map-blocks {args.map_blocks} names a block that the model has not: its blocks are 0 to {count - 1}.")
     if args.height and args.height % multiple:
         stop(f"--height is {args.height}; pictures of this model have sides that are multiples of {multiple} pixels.")
+    if args.height and args.height > config["pos_embed_max_size"] * multiple:
+        stop(f"--height is {args.height}; pictures of this model have sides of at most {config['pos_embed_max_size'] * multiple} pixels.")
 
 
-def check_task(args):
-    """The task, not loaded yet, after everything that can be said of its prompts and its reward model."""
+def check_training(args):
+    """The task, not loaded yet, after everything that can be said of a training, its prompts and its reward model."""
+    images = args.prompts_per_iteration * args.group_size
+    if args.group_size < 2:
+        stop(f"--group-size is {args.group_size}, but an advantage compares pictures of one prompt: use 2 or more.")
+    if images % args.batch_size or (images // args.batch_size) % args.updates_per_iteration:
+        stop(f"--prompts-per-iteration * --group-size = {images} pictures cannot be divided into --batch-size {args.batch_size}"
+             f" and --updates-per-iteration {args.updates_per_iteration}; choose numbers that divide.")
+    first, last = stochastic_range(args)
+    if not 0 <= first <= last < args.steps or not 1 <= args.stochastic_steps <= last - first + 1:
+        stop(f"--stochastic-range {args.stochastic_range} must lie within steps 0 to {args.steps - 1} and hold --stochastic-steps"
+             f" {args.stochastic_steps}.")
     try:
         models = [",".join(map(beside, model.split(","))) for model in args.reward_model.split(";")] if args.reward_model else []
         task = make_task(args.task, beside(args.prompts), beside(args.heldout_prompts), [model or None for model in models])
@@ -965,20 +1005,21 @@ def stochastic_range(args):
     return first, last
 
 
-def open_run(args, folder):
-    """Make the run's folder, or find what is to be continued there. Returns the checkpoint to resume from, or None."""
-    free = ("resume", "out", "iterations", "device", "keep")
-    settings = {key: value for key, value in asdict(args).items() if key not in free}
+def settings_of(args):
+    """What the parts of a run have in common, however often it is resumed; config.json in its folder."""
+    return {key: value for key, value in asdict(args).items() if key not in ("resume", "out", "iterations", "device", "keep")}
+
+
+def check_folder(args, folder):
+    """May this run go there? Returns the checkpoint to resume from, or None."""
     config = folder / "config.json"
     if config.exists() and not args.resume:
         stop(f"{folder} holds a run already; add --resume to continue it, or choose another --out.")
     if config.exists():
         before = json.loads(config.read_text())
-        for key, value in settings.items():
+        for key, value in settings_of(args).items():
             if before.get(key) != value:
                 stop(f"{folder} was run with {key} = {before.get(key)}, not {value}; use the same arguments to resume it.")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(config, json.dumps(settings, indent=1))
     return last_checkpoint(folder)
 
 
@@ -1009,7 +1050,7 @@ def load(args, task, checkpoint):
         task.load(device if args.reward_device == "auto" else torch.device(args.reward_device))
     if args.optimizer == "adamw":
         optimizer = torch.optim.AdamW(transformer.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=device.type == "cuda")
-    else:       # eps[1] = 1: a step is as long as the learning rate says, not in proportion to the weights
+    else:       # eps[1] = 1: a step is as long as the learning rate says, and in proportion only to weights whose root mean square is above 1
         optimizer = torch.optim.Adafactor(transformer.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, eps=(None, 1.0))
     average = {name: p.detach().to("cpu", copy=True) for name, p in transformer.named_parameters()} if args.ema_decay else {}
     if checkpoint:
@@ -1032,8 +1073,10 @@ def patient_interrupt():
         print("\nwill save and end after this iteration; Ctrl-C again to end at once", file=sys.stderr)
 
     before = signal.signal(signal.SIGINT, handler)
-    yield asked
-    signal.signal(signal.SIGINT, before)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def main(argv=None):
@@ -1043,14 +1086,16 @@ def main(argv=None):
     check(args)
     if instead.maps is not None:
         return maps_of(args, instead.maps, instead.words)
-    task = check_task(args)
+    task = check_training(args)
     if instead.benchmark is not None:
         if instead.benchmark < 1:
             stop(f"--benchmark is {instead.benchmark}; it is a number of repeats and must be 1 or more.")
         return benchmark(load(args, task, None), instead.benchmark)
     folder = Path(args.out or f"runs/{re.sub('[^A-Za-z0-9.]+', '-', args.task)}-{args.allocation}-{args.seed}")
-    checkpoint = open_run(args, folder)
+    checkpoint = check_folder(args, folder)
     run = load(args, task, checkpoint)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "config.json", json.dumps(settings_of(args), indent=1))
     pipeline, transformer, average = run.pipeline, run.pipeline.transformer, run.average
     size = sum(parameter.numel() for parameter in transformer.parameters())
     images = args.prompts_per_iteration * args.group_size
@@ -1112,7 +1157,7 @@ def main(argv=None):
         before = Image.open(folder / "before.png")
         size = pictures[0].width
         before = [before.crop((i * size, 0, (i + 1) * size, size)) for i in range(len(shown))]
-        draw_samples([("before", before, task.reward(before, shown)), ("after", pictures, rewards)], shown, folder / "samples.png")
+        draw_samples([("before", before, rewards_of(task, before, shown)), ("after", pictures, rewards)], shown, folder / "samples.png")
         show_maps(run, shown[:4], [task.core_spans(prompt) for prompt in shown[:4]], folder / "maps.png")
     lines = read_metrics(folder)
     draw_curve([(folder.name, lines)], folder / "curve.png")
@@ -1143,12 +1188,17 @@ def show_maps(run, prompts, spans, path):
 
 def maps_of(args, prompt, words):
     """--maps: the model as it is, one prompt, one maps.png."""
+    words = words and words.strip()
     spans = [match.span() for match in re.finditer(re.escape(words), prompt)] if words else quoted_span(prompt) or content_word_spans(prompt)
     if not spans:
         stop(f"--maps {prompt}: " + (f"the words {words} do not occur in it." if words else "it has no words to look for."))
+    run = load(replace(args, kl_weight=0.0, ema_decay=0.0), None, None)             # no second copy of the weights
+    core, = core_tokens_of(run.pipeline, [prompt], [spans], args.max_sequence_length)
+    if not core.any():
+        stop(f"--maps {prompt}: the words to look for come after its first {args.max_sequence_length} tokens, where it is cut off; see --max-sequence-length.")
     path = Path(args.out or ".") / "maps.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    show_maps(load(replace(args, kl_weight=0.0, ema_decay=0.0), None, None), [prompt], [spans], path)       # no second copy of the weights
+    show_maps(run, [prompt], [spans], path)
     print(f"wrote {path}: attention to", ", ".join(prompt[start:end] for start, end in spans))
 
 
@@ -1157,8 +1207,11 @@ def plot(folders, out):
     for name in folders:
         if not (Path(name) / "metrics.jsonl").is_file():
             stop(f"--plot {name}: there is no metrics.jsonl in that folder.")
+    runs = [(Path(name).name, read_metrics(Path(name))) for name in folders]
+    if not any(line.get("heldout_reward") is not None for _, lines in runs for line in lines):
+        stop(f"--plot {' '.join(folders)}: nothing has been evaluated there yet.")
     out.mkdir(parents=True, exist_ok=True)
-    draw_curve([(Path(name).name, read_metrics(Path(name))) for name in folders], out / "curve.png")
+    draw_curve(runs, out / "curve.png")
     print("wrote", out / "curve.png")
 
 
@@ -1224,3 +1277,5 @@ if __name__ == "__main__":
         stop("CUDA ran out of memory; lower --batch-size, add --low-memory or --no-t5, or lower --height.")
     except KeyboardInterrupt:
         stop("interrupted; what the last checkpoint holds can be continued with --resume.")
+    except OSError as error:
+        stop(f"a file could not be written or read: {error}; what the last checkpoint holds can be continued with --resume.")

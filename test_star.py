@@ -2,6 +2,7 @@
 
 The numbered tests are the nine points that README.md lists in section 2, "What must hold".
 """
+import argparse
 import copy
 import inspect
 import json
@@ -24,6 +25,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import star                      # before transformers: it quiets remarks about packages that nothing here needs
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers.models.attention_processor import JointAttnProcessor2_0
 from transformers import CLIPImageProcessorPil, Florence2Config, Florence2ForConditionalGeneration, Florence2Processor, PreTrainedTokenizerFast
 
 from rewards import OCR, Detection, GenEval, PickScore, edit_distance, geneval_prompts, judge, make_task, quoted_span, relations, text_reward
@@ -350,8 +352,8 @@ def test_interrupted_run_saves_and_says_how_to_go_on(finished_run, tmp_path):
     assert without_seconds(folder) == without_seconds(finished_run)
 
 
-def test_full_disk_keeps_the_old_checkpoint(tmp_path, capsys, monkeypatch):
-    """No file may grow beyond half a megabyte while the second of four checkpoints is written."""
+def test_full_disk_keeps_the_old_checkpoint(finished_run, tmp_path, capsys, monkeypatch):
+    """No file may grow beyond half a megabyte while the second of four checkpoints is written; the training goes on as if it could."""
     save, calls = star.save_checkpoint, []
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -364,11 +366,15 @@ def test_full_disk_keeps_the_old_checkpoint(tmp_path, capsys, monkeypatch):
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     monkeypatch.setattr(star, "save_checkpoint", save_on_a_full_disk)
-    star.main([*SMALL, "--out", str(tmp_path / "run")])
+    star.main([*SMALL, "--ema-decay", "0.5", "--out", str(tmp_path / "run")])
     said = capsys.readouterr().err
     assert "checkpoint of iteration 2 could not be written" in said and "last good checkpoint is" in said and "checkpoint-1" in said
     assert [path and path.name for path in calls] == [None, "checkpoint-1", "checkpoint-1", "checkpoint-3"]
     assert star.last_checkpoint(tmp_path / "run").name == "checkpoint-4" and not (tmp_path / "run/checkpoint.partial").exists()
+    assert without_seconds(tmp_path / "run") == without_seconds(finished_run)
+    for file in ("training.safetensors", "transformer/diffusion_pytorch_model.safetensors"):
+        ours, theirs = (load_file(folder / "checkpoint-4" / file) for folder in (tmp_path / "run", finished_run))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
 def test_keep_and_hard_links(tmp_path):
@@ -380,8 +386,8 @@ def test_keep_and_hard_links(tmp_path):
 
 
 def test_metrics_are_json_and_a_line_cut_short_is_none(tmp_path):
-    line = star.metrics_line({"a": float("nan"), "b": float("inf"), "c": 0.5, "d": [1], "e": None})
-    assert json.loads(line, parse_constant=None) == {"a": None, "b": None, "c": 0.5, "d": [1], "e": None}
+    line = star.metrics_line({"a": float("nan"), "b": float("inf"), "c": 0.5, "d": [1], "e": None, "f": {"g": float("nan")}})
+    assert "NaN" not in line and json.loads(line) == {"a": None, "b": None, "c": 0.5, "d": [1], "e": None, "f": {"g": None}}
     (tmp_path / "metrics.jsonl").write_text(line + line[:9])
     assert len(star.read_metrics(tmp_path)) == 1
 
@@ -443,12 +449,16 @@ def test_low_memory_in_bfloat16(tmp_path):
 def test_adafactor_steps_are_as_long_as_the_learning_rate():
     """In the first step, where both optimizers normalise by the gradient itself, they move a vector alike."""
     moved = []
-    for make in (lambda p: torch.optim.AdamW([p], lr=1e-3, weight_decay=0.0), lambda p: torch.optim.Adafactor([p], lr=1e-3, weight_decay=0.0, eps=(None, 1.0))):
-        weight = torch.nn.Parameter(torch.full((5,), 0.02))
-        weight.grad = torch.tensor([1.0, -2.0, 0.5, 3.0, -0.1])
-        make(weight).step()
-        moved.append(weight.detach() - 0.02)
-    torch.testing.assert_close(moved[0], moved[1], atol=1e-6, rtol=1e-3)
+    for name in ("adamw", "adafactor"):
+        run = star.load(star.Arguments(optimizer=name, learning_rate=1e-3, weight_decay=0.0), None, None)
+        parameters = list(run.pipeline.transformer.parameters())
+        before = [parameter.detach().clone() for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = torch.arange(len(parameter)) % 5 - 2.5 if parameter.dim() == 1 else torch.ones_like(parameter)
+        run.optimizer.step()
+        moved.append([now.detach() - then for now, then in zip(parameters, before)])
+    for adamw, adafactor, then in zip(*moved, before):
+        torch.testing.assert_close(adafactor, adamw * then.square().mean().sqrt().clamp_min(1), atol=2e-6, rtol=1e-3)
 
 
 def test_map_and_ratio_survive_compilation(pipeline):
@@ -798,8 +808,8 @@ PARTS = ["core_token_mask", "core_tokens_of", "AttentionAllocator", "default_map
 
 @pytest.mark.parametrize("part", PARTS)
 def test_parts_work_alone_in_another_file(pipeline, part):
-    """Each part's source, pasted alone below three imports, does what it does in star.py."""
-    namespace = {"math": math, "torch": torch, "F": torch.nn.functional}
+    """Each part's source, pasted alone below four imports, does what it does in star.py."""
+    namespace = {"math": math, "torch": torch, "F": torch.nn.functional, "JointAttnProcessor2_0": JointAttnProcessor2_0}
     if part == "core_tokens_of":
         exec(inspect.getsource(star.core_token_mask), namespace)
     exec(inspect.getsource(getattr(star, part)), namespace)
@@ -865,6 +875,33 @@ def test_allocator_refuses_other_batches_and_lengths(pipeline):
     for wrong, says in ((core[:1].repeat(3, 1), "3 pictures and 48 text tokens.*given 2 and 48"), (core[:, :40], "2 pictures and 40 text tokens.*given 2 and 48")):
         with pytest.raises(ValueError, match=says), torch.no_grad(), star.AttentionAllocator(pipeline.transformer, wrong, [3]):
             star.predict_velocity(pipeline.transformer, latents, 0.5, given, 1.0, empty)
+
+
+def test_allocator_used_again_and_twice(pipeline):
+    """A second use begins anew; within itself, and where attention is not SD3's plain one, it refuses and leaves all as it was."""
+    latents, given, empty, core, _ = scene(pipeline)
+    processors, maps = dict(pipeline.transformer.attn_processors), []
+    allocator = star.AttentionAllocator(pipeline.transformer, core, [2, 3])
+    for sigma in (0.9, 0.5, 0.9):
+        with torch.no_grad(), allocator:
+            star.predict_velocity(pipeline.transformer, latents, sigma, given, 1.0, empty)
+        maps.append(allocator.map())
+    assert torch.equal(maps[0], maps[2]) and not torch.equal(maps[0], maps[1])
+    with pytest.raises(ValueError, match="records JointAttnProcessor2_0, not AttentionAllocator.recording"), allocator, allocator:
+        pass
+    assert dict(pipeline.transformer.attn_processors) == processors
+    changed = copy.deepcopy(pipeline.transformer)
+    changed.transformer_blocks[3].attn.processor = lambda *_: None
+    with pytest.raises(ValueError, match="records JointAttnProcessor2_0, not"), star.AttentionAllocator(changed, core, [3]):
+        pass
+
+
+def test_weights_of_broken_and_of_half_precision_maps():
+    maps = torch.rand(1, 2, 8, 8) + 0.01
+    half = star.allocation_weights(maps.bfloat16(), (16, 16))
+    torch.testing.assert_close(half.mean((2, 3)), torch.ones(1, 2), atol=1e-5, rtol=0)
+    maps[0, 1, 3, 3] = math.nan
+    assert star.allocation_weights(maps, (16, 16))[0, 1].isnan().any(), "a map that is not a number must be seen, not become 1"
 
 
 def sde_step_with_logprob(scheduler, model_output, timestep, sample, noise_level=0.7, prev_sample=None, generator=None, sde_type="sde", return_sqrt_dt=False):
@@ -953,7 +990,30 @@ def test_area_under_roc_by_pairs():
 def test_images_to_reach_is_linear_between_evaluations():
     lines = [{"images": 0, "heldout_reward": 0.5}, {"images": 100}, {"images": 200, "heldout_reward": 0.7}, {"images": 400, "heldout_reward": 0.6}]
     assert study.images_to_reach(lines, 0.6) == pytest.approx(100) and study.images_to_reach(lines, 0.4) == 0
-    assert study.images_to_reach(lines, 0.71) == math.inf
+    assert study.images_to_reach(lines, 0.71) == math.inf and study.images_to_reach(lines[::-1], 0.65) > 0
+    assert study.images_to_reach([{"images": 0, "heldout_reward": 0.5}, {"images": 9, "heldout_reward": 0.5}], 0.4) == 0
+
+
+def write_run(folder, name, rewards):
+    (folder / name).mkdir()
+    (folder / name / "metrics.jsonl").write_text("".join(star.metrics_line({"images": 100 * i, "heldout_reward": reward, "heldout_reward_standard_error": 0.1})
+                                                         for i, reward in enumerate(rewards)))
+    return str(folder / name)
+
+
+def test_compare_by_hand(tmp_path, capsys):
+    runs = [write_run(tmp_path, name, rewards) for name, rewards in (
+        ("ocr-uniform-0", (0.2, 0.4, 0.6)), ("ocr-uniform-1", (0.3, 0.5, 0.7)), ("ocr-spatial-0", (0.2, 0.6, 0.8)), ("ocr-spatial-1", (0.3, 0.4, 0.5)))]
+    study.compare(argparse.Namespace(runs=runs, base="uniform", goal=0.5))
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[0] == "held-out reward before: 0.200, 0.300; standard error of each 0.100"
+    assert rows[3] == "| uniform | 2 | 0.650 (0.600 to 0.700) | 0.450 (0.400 to 0.500) |  |  | 125 (100 to 150) |  |  |"
+    # means 0.533 and 0.4, so +0.133 and -0.1; goal after 75 and 200; uniform's ends 0.6 and 0.7 after 100 of 200, and never
+    assert rows[4] == ("| spatial | 2 | 0.650 (0.500 to 0.800) | 0.467 (0.400 to 0.533) | +0.017 (-0.100 to +0.133) | 1 of 2 | 138 (75 to 200) |"
+                       " 1.25 (0.50 to 2.00) | inf (0.50 to inf) |")
+    for others in (runs[2:], [*runs, write_run(tmp_path, "ocr-oracle-0", (0.2, 0.4))], [*runs, write_run(tmp_path, "geneval-oracle-0", (0.2, 0.4, 0.6))]):
+        with pytest.raises(SystemExit, match="runs of one task with the same evaluations"):
+            study.compare(argparse.Namespace(runs=others, base="uniform", goal=0.5))
 
 
 def test_gradient_measures_of_known_gradients():
@@ -1023,6 +1083,8 @@ def test_plot_of_several_seeds_is_their_mean_in_a_band(tmp_path):
     column = [curve.getpixel((350, height(reward))) for reward in (0.1, 0.3, 1.4 / 3, 0.5, 0.7)]
     assert column[0] == column[4] == (255, 255, 255)
     assert column[1] == column[3] not in ((255, 255, 255), column[2]) and column[2] == (31, 119, 180)
+    star.draw_curve([("begun", [{"images": 0, "heldout_reward": 0.5}])], tmp_path / "point.png")
+    assert (31, 119, 180) in Image.open(tmp_path / "point.png").crop((50, 30, 670, 440)).get_flattened_data(), "a single evaluation is a point"
 
 
 def test_maps_command(tmp_path, capsys):
@@ -1036,6 +1098,51 @@ def test_maps_command(tmp_path, capsys):
         pictures.append(Image.open(tmp_path / str(number) / "maps.png"))
     assert pictures[0].size == pictures[1].size and pictures[0].tobytes() != pictures[1].tobytes()
     assert not list(tmp_path.rglob("config.json")), "no run was begun"
+
+
+@pytest.mark.parametrize("options", [
+    {"allocation": "spatial", "kl_weight": 0.5}, {"allocation": "spatiotemporal", "same_noise": False, "lam": 0.5},
+    {"allocation": "uniform", "stochastic_choice": "random", "global_std": True}, {"allocation": "spatial", "updates_per_iteration": 2, "guidance_scale": 2.0}])
+def test_an_iteration_s_update_is_the_gradient_of_one_loss(options, monkeypatch):
+    """Batches, steps, advantages, weights and KL put together: `iterate` moves the weights as star_loss of all pictures at once does."""
+    args = star.Arguments(prompts_per_iteration=2, group_size=4, batch_size=2, steps=4, stochastic_steps=2, stochastic_range="0-2", max_gradient_norm=1e9, **options)
+    run = star.load(args, star.check_training(args), None)
+    transformer, rollouts, rewards = run.pipeline.transformer, [], torch.tensor([0.1, 0.9, 0.3, 0.2, 5.0, 1.0, 2.0, 2.5])
+    monkeypatch.setattr(run.task, "reward", lambda pictures, prompts: rewards)
+    if run.start_transformer is not None:                # so that there is a distance from the start
+        run.start_transformer.proj_out.weight.data *= 1.1
+    run.optimizer = torch.optim.SGD(transformer.parameters(), lr=1e-3)
+    start, before, paint = copy.deepcopy(transformer), copy.deepcopy(transformer), star.rollout
+
+    def painting(_, noise, prompt, *others):
+        rollouts.append((paint(transformer, noise, prompt, *others), prompt, others))
+        return rollouts[-1][0]
+
+    monkeypatch.setattr(star, "rollout", painting)
+    line = star.iterate(run, 1, args.allocation)
+    others = rollouts[0][2]
+    empty, sigmas, trained = others[:3]
+    joined = star.Rollout(*(torch.cat([getattr(painted, name) for painted, *_ in rollouts]) if getattr(rollouts[0][0], name) is not None else None
+                            for name in ("latents", "log_prob", "maps")))
+    prompt = tuple(torch.cat([given[part] for _, given, _ in rollouts]) for part in (0, 1))
+    advantages = star.group_advantages(rewards.view(2, 4), args.global_std, 5.0).flatten()
+    weights = torch.ones_like(joined.log_prob) if args.allocation == "uniform" else star.allocation_weights(joined.maps, (16, 16), args.allocation, args.lam)
+    settings = empty, sigmas, 0.7, args.guidance_scale
+    optimizer, half = torch.optim.SGD(before.parameters(), lr=1e-3), 8 // args.updates_per_iteration
+    for pictures in (slice(start, start + half) for start in range(0, 8, half)):
+        means, stds = zip(*(star.transition(before, joined, step, prompt, *settings) for step in trained))
+        log_prob = torch.stack([star.position_log_prob(joined.latents[:, step + 1], mean, std) for step, mean, std in zip(trained, means, stds)], 1)
+        loss = star.star_loss(log_prob[pictures], joined.log_prob[pictures], advantages[pictures], weights[pictures], 2e-2)[0]
+        if args.kl_weight:
+            with torch.no_grad():
+                starts = [star.transition(run.start_transformer, joined, step, prompt, *settings)[0] for step in trained]
+            loss = loss + args.kl_weight * torch.stack([star.kl_to_start(*three) for three in zip(means, starts, stds)]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    moved, expected = (torch.cat([(now - then).flatten() for now, then in zip(model.parameters(), start.parameters())]) for model in (transformer, before))
+    assert expected.norm() > 0 and (moved - expected).norm() / expected.norm() < 2e-3        # float32 differences of weights near 1
+    assert (line["kl"] > 0) == bool(args.kl_weight) and (line["clip_fraction"] > 0) <= (args.updates_per_iteration > 1)
 
 
 def test_updates_raise_the_probability_of_the_better_picture(pipeline):
@@ -1078,6 +1185,12 @@ def test_updates_that_are_not_finite_are_skipped_and_end_the_run(tmp_path, capsy
     (["--lam", "2"], "--lam is 2.0"),
     (["--noise-level", "0"], "--noise-level is 0.0"),
     (["--height", "30"], "multiples of 4 pixels"),
+    (["--height", "64"], "sides of at most 32 pixels"),
+    (["--learning-rate", "-1"], "--learning-rate is -1.0; it must be above 0"),
+    (["--clip-range", "0"], "--clip-range is 0.0"),
+    (["--max-gradient-norm", "nan"], "--max-gradient-norm is nan"),
+    (["--ema-decay", "1"], "--ema-decay is 1.0"),
+    (["--reward-model", "tiny/ocr;tiny/clip"], "names models for 2 tasks"),
     (["--reward-model", "no/reader"], "reward model no/reader"),
     (["--map-blocks", "late"], "--map-blocks late"),
     (["--map-blocks", "2,17"], "its blocks are 0 to 3"),
@@ -1100,6 +1213,7 @@ def test_updates_that_are_not_finite_are_skipped_and_end_the_run(tmp_path, capsy
     (["--task", "ocr:-1,pickscore:2"], "the weights must be 0 or more"),
     (["--task", "pickscore,ocr"], "has no text between straight double quotes"),
     (["--plot", "nowhere"], "no metrics.jsonl"),
+    (["--plot", "BEGUN"], "nothing has been evaluated there yet"),
     (["--maps", "a blue box", "--words", "red"], "--maps a blue box: the words red do not occur in it"),
     (["--maps", "of the"], "it has no words to look for"),
     (["--maps", ""], "it has no words to look for"),
@@ -1119,12 +1233,34 @@ def test_bad_input_is_one_clear_sentence(arguments, says, tmp_path, capsys, monk
     for name, kind in folders.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "model_index.json").write_text(json.dumps({"_class_name": kind}))
-    arguments = [str(tmp_path / word) if word in {**files, **folders} else word for word in arguments]
+    (tmp_path / "BEGUN").mkdir()
+    (tmp_path / "BEGUN/metrics.jsonl").write_text('{"iteration": 0, "images": 0, "heldout_reward": null}\n')
+    arguments = [str(tmp_path / word) if word in {**files, **folders, "BEGUN": None} else word for word in arguments]
     with pytest.raises(SystemExit) as error:
         star.main([*arguments, "--out", str(tmp_path / "run")])
     message = capsys.readouterr().err
     assert error.value.code == 2 and says in message and "Traceback" not in message
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("gives, says", [("[0.5] * len(images)", None), ("torch.arange(len(images))", None), ("[float('nan')] * len(images)", "with 10 that are not finite"),
+                                         ("torch.zeros(3, 1)", "of shape (3, 1)")])
+def test_rewards_must_be_a_finite_number_per_picture(gives, says, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(f"import torch\nfrom rewards import Task\nclass Mine(Task):\n    def reward(self, images, prompts):\n        return {gives}\n")
+    command = [*SMALL, "--task", f"{tmp_path}/mine.py:Mine", "--iterations", "1", "--out", str(tmp_path / "run")]
+    if says is None:
+        star.main(command)
+        assert len(star.read_metrics(tmp_path / "run")) == 2
+    else:
+        with pytest.raises(SystemExit):
+            star.main(command)
+        assert says in capsys.readouterr().err
+
+
+def test_maps_of_words_that_are_cut_off(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        star.main(["--maps", "a blue wall with " + "two red balls and " * 6 + 'a white sign "K7Q"', "--out", str(tmp_path)])
+    assert "come after its first 24 tokens" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -41,7 +42,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, 
 def problem(args):
     """One picture that says what the method is for: two rollouts of a prompt, and where their advantages are applied."""
     settings = star.parse_arguments(["--model", args.model])[0]
-    run, generator, steps = star.load(settings, star.check_task(settings), None), torch.Generator().manual_seed(args.seed), (1, 2, 3)
+    run, generator, steps = star.load(settings, star.check_training(settings), None), torch.Generator().manual_seed(args.seed), (1, 2, 3)
     prompt, count = run.task.heldout_prompts[args.seed], 16
     core = star.core_tokens_of(run.pipeline, [prompt], [run.task.core_spans(prompt)], settings.max_sequence_length)
     given = tuple(each.expand(count, *each.shape[1:]) for each in star.encode(run.pipeline, [prompt], settings.max_sequence_length))
@@ -178,6 +179,10 @@ def changed_maps(kind, task, pipeline, painted, generator):
 
 def train(args):
     """A run of star.py in runs/<task>-<kind>-<seed> whose maps are exchanged after each rollout."""
+    if not re.fullmatch(r"uniform|spatial|spatiotemporal|shuffled|oracle|lam[\d.]+", args.kind):
+        sys.exit(f"--kind {args.kind} is not known; choose uniform, spatial, spatiotemporal, shuffled, oracle, or lam with a number such as lam0.5.")
+    if args.kind == "oracle" and args.task not in ("ocr", "geneval"):
+        sys.exit(f"--task {args.task} has no oracle: which region its reward is about is not known.")
     generator, rollout, load = torch.Generator().manual_seed(args.seed), star.rollout, star.load
 
     def loading(*given):
@@ -204,12 +209,13 @@ def gradients(args):
     variance: E|estimate - signal|^2, signal being the expected estimate.
     agreement: mean cosine of two independent estimates, which is |signal|^2 / E|estimate|^2 = 1 / (1 + variance / |signal|^2).
     alignment: mean cosine of one estimate with the true gradient of the expected reward, the mean of many `uniform` ones.
-    All without bias: only products of different estimates count. The standard errors are the jackknife's over the estimates.
+    Only products of different estimates count, so that noise does not pass for signal; alignment is NaN where the signal of
+    `uniform` cannot be told from nothing. The standard errors are the jackknife's over the estimates, which errs upwards.
     """
     if args.repeats < 3:
         sys.exit(f"--repeats is {args.repeats}; errors of products of different estimates take 3 or more.")
     settings = star.parse_arguments(["--task", args.task, "--model", args.model])[0]
-    run, steps = star.load(settings, star.check_task(settings), None), range(6)
+    run, steps = star.load(settings, star.check_training(settings), None), range(6)
     kinds = ("uniform", "shuffled", "spatial") + (("oracle",) if isinstance(run.task, (OCR, GenEval)) else ())
     parameters, sigmas, estimates = list(run.pipeline.transformer.parameters()), star.schedule(run.pipeline, settings.steps), {}
     K, G = settings.prompts_per_iteration, settings.group_size
@@ -269,10 +275,12 @@ def gradient_measures(own, across, uniform):
 def images_to_reach(lines, goal):
     """Pictures seen when the held-out reward first reaches `goal`, linear between evaluations; inf if it never does."""
     points = [(line["images"], line["heldout_reward"]) for line in lines if "heldout_reward" in line]
+    if points[0][1] >= goal:
+        return points[0][0]
     for (images, reward), (next_images, next_reward) in zip(points, points[1:]):
-        if next_reward >= goal:
-            return images + (next_images - images) * max(0.0, goal - reward) / (next_reward - reward)
-    return float("inf")
+        if next_reward >= goal:                                            # and `reward` is less
+            return images + (next_images - images) * (goal - reward) / (next_reward - reward)
+    return math.inf
 
 
 def compare(args):
@@ -281,21 +289,27 @@ def compare(args):
     Median over the seeds, in brackets the least and the most. A difference exceeds the spread if it has one sign on all seeds.
     """
     heldout = lambda lines: [line["heldout_reward"] for line in lines if "heldout_reward" in line]
-    runs = {args.base: {}}
+    runs, tasks, evaluations = {args.base: {}}, set(), set()
     for name in args.runs:
-        kind, seed = Path(name).name.split("-")[-2:]
-        runs.setdefault(kind, {})[int(seed)] = star.read_metrics(Path(name))
+        task, kind, seed = Path(name).name.rsplit("-", 2)
+        runs.setdefault(kind, {})[int(seed)] = lines = star.read_metrics(Path(name))
+        tasks.add(task)
+        evaluations.add(tuple(line["images"] for line in lines if "heldout_reward" in line))
+    if len(tasks) != 1 or len(evaluations) != 1 or not runs[args.base]:
+        sys.exit(f"runs of one task with the same evaluations can be compared, some of them {args.base}; these are of {', '.join(sorted(tasks))}"
+                 f" with {len(evaluations)} lists of evaluations, {len(runs[args.base])} of them {args.base}.")
     start, error = ([lines[0][key] for lines in runs[args.base].values()] for key in ("heldout_reward", "heldout_reward_standard_error"))
     print(f"held-out reward before: {', '.join(f'{value:.3f}' for value in start)}; standard error of each {statistics.mean(error):.3f}")
-    spread = lambda values, form: f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+    ratio = lambda ours, theirs: ours / theirs if theirs and theirs < math.inf else math.nan             # neither 0 pictures nor never tell how much faster
+    spread = lambda values, form: "-" if any(map(math.isnan, values)) else f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
     print(f"| allocation | seeds | reward at the end | mean over the run | against {args.base}, seed by seed | better on | pictures to {args.goal:.3g} | against {args.base} | pictures to {args.base}'s end, against {args.base} |")
     print("| --- " * 9 + "|")
     for kind, seeds in runs.items():
         pairs = [(lines, runs[args.base][seed]) for seed, lines in sorted(seeds.items()) if seed in runs[args.base]]
         gains = [statistics.mean(heldout(ours)) - statistics.mean(heldout(theirs)) for ours, theirs in pairs]
         reach = [images_to_reach(ours, args.goal) for ours, _ in pairs]
-        sooner = [value / images_to_reach(theirs, args.goal) for value, (_, theirs) in zip(reach, pairs)]
-        end = [images_to_reach(ours, heldout(theirs)[-1]) / images_to_reach(theirs, heldout(theirs)[-1]) for ours, theirs in pairs]
+        sooner = [ratio(value, images_to_reach(theirs, args.goal)) for value, (_, theirs) in zip(reach, pairs)]
+        end = [ratio(images_to_reach(ours, heldout(theirs)[-1]), images_to_reach(theirs, heldout(theirs)[-1])) for ours, theirs in pairs]
         columns = [len(pairs), spread([heldout(ours)[-1] for ours, _ in pairs], '.3f'), spread([statistics.mean(heldout(ours)) for ours, _ in pairs], '.3f'),
                    spread(gains, '+.3f'), f"{sum(gain > 0 for gain in gains)} of {len(gains)}", spread(reach, '.0f'), spread(sooner, '.2f'), spread(end, '.2f')]
         print(f"| {kind} | " + " | ".join("" if kind == args.base and number in (3, 4, 6, 7) else str(column) for number, column in enumerate(columns)) + " |")
@@ -310,9 +324,12 @@ def overhead(args):
             with tempfile.TemporaryDirectory() as folder:
                 command = [sys.executable, str(HERE.parent / "star.py"), "--allocation", allocation, "--iterations", "1", "--evaluation-prompts", "8", "--out", folder + "/run"]
                 process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-                memory[allocation].append(os.wait4(process.pid, 0)[2].ru_maxrss / 1024)
+                _, status, used = os.wait4(process.pid, 0)
+                if status:
+                    sys.exit(f"{' '.join(command)} failed")
+                memory[allocation].append(used.ru_maxrss / 1024)
     settings = star.parse_arguments(["--model", args.model])[0]
-    run = star.load(settings, star.check_task(settings), None)
+    run = star.load(settings, star.check_training(settings), None)
     star.iterate(run, 0, "uniform")                                            # the first warms up
     for repeat in range(args.repeats):
         for allocation in seconds if repeat % 2 == 0 else reversed(seconds):
@@ -417,7 +434,7 @@ def memory(args):
 @torch.no_grad()
 def guidance(args):
     settings = star.parse_arguments(["--model", args.model, "--task", args.task, "--evaluation-steps", str(args.steps)])[0]
-    run = star.load(settings, star.check_task(settings), None)
+    run = star.load(settings, star.check_training(settings), None)
     prompts = run.task.heldout_prompts[:args.pictures]
     encoded = star.encode(run.pipeline, prompts, settings.max_sequence_length)
     for scale in (1.0, 1.5, 2.0, 3.0, 4.5, 7.0):
