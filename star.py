@@ -23,8 +23,8 @@ group_advantages, star_loss, one iteration. That is the method. Then come pictur
 
 Symbols: x latents [B, C, H, W] of B pictures; sigma the noise level, from 1 (noise) to 0 (picture); v the velocity; k one
 of the T denoising steps, S of which are trained; p one of the H x W positions, which share h x w image tokens; m the map,
-w the weights, A the advantage; K prompts with G pictures each; b, c one picture, one channel; lam, a, eps, beta four strengths
-(allocation, noise, clipping, KL). In shapes, L is the number of text tokens and D a number of features.
+w the weights, A the advantage; K prompts with G pictures each; b, c one picture, one channel; lam, a, eps, beta four
+strengths (allocation, noise, clipping, KL). L is the loss and, in shapes, the number of text tokens; D a number of features.
 """
 import argparse
 import itertools
@@ -203,13 +203,15 @@ class AttentionAllocator:
     In SD3's joint blocks image and text attend together: every image query has a softmax over [image; text] keys. The map
     is the part of that softmax which falls on the core tokens (STAR has maps from "text-image attention"; this form is ours):
 
-        m[b, p] = mean over heads and blocks of  sum over core tokens j of  softmax(query[p] . key / sqrt(D))[j]
+        m[b, p] = mean over heads and blocks of  sum over core tokens j of  softmax(query[p] . key / sqrt(d))[j]
 
-    Attention is just such a sum, of softmax[j] times value[j] over all tokens j. With the indicator of the core tokens in place
-    of the values it is the sum wanted here; so the fused kernel computes the map, and no attention matrix is ever kept.
+    with d the features of one head. Attention is just such a sum, of softmax[j] times value[j] over all tokens j. With the
+    indicator of the core tokens in place of the values it is the sum wanted here; so the fused kernel computes the map, and
+    no attention matrix is ever kept.
 
     The block's own processor still computes the block's output, so the transformer's result is the same to the bit. The map
-    is data: no gradient flows through it, and the update records none.
+    is data, as the reward is: no gradient flows through it, lest the model learn to look elsewhere instead of painting
+    better. It is recorded in the rollout alone.
 
         with torch.no_grad(), AttentionAllocator(transformer, core_tokens, blocks) as allocator:
             transformer(...)
@@ -224,8 +226,8 @@ class AttentionAllocator:
             [unconditional; conditional], as diffusers has it, and only its last B rows are recorded: the map comes from
             the conditional half.
         blocks: indices of the joint blocks to look at (see `default_map_blocks`).
-    Raises: ValueError where the transformer is called with other numbers of pictures or text tokens, and where its attention
-        is not SD3's plain one (an adapter's, or one that an allocator records already).
+    Raises: ValueError where the transformer is called with other numbers of pictures or text tokens, and where a block has
+        another attention processor than SD3's own (an IP-adapter's, or that of an allocator which is active already).
     """
 
     def __init__(self, transformer, core_tokens, blocks):
@@ -235,7 +237,8 @@ class AttentionAllocator:
     def __enter__(self):
         for processor in (attention.processor for attention in self.attentions):
             if type(processor) is not JointAttnProcessor2_0:
-                raise ValueError(f"AttentionAllocator records JointAttnProcessor2_0, not {getattr(processor, '__qualname__', type(processor).__name__)}.")
+                name = getattr(processor, "__qualname__", type(processor).__name__)
+                raise ValueError(f"AttentionAllocator records JointAttnProcessor2_0, not {name}.")
         self.recorded, self.originals = [], [attention.processor for attention in self.attentions]
         for attention, original in zip(self.attentions, self.originals):
             attention.processor = self.recording(original)
@@ -247,7 +250,7 @@ class AttentionAllocator:
 
     def recording(self, original):
         def processor(attention, hidden_states, encoder_hidden_states, *args, **kwargs):
-            with torch.no_grad():                                        # the map is kept out of the gradient here
+            with torch.no_grad():                                        # data, also for a caller who wants gradients
                 self.recorded.append(self.core_mass(attention, hidden_states, encoder_hidden_states))
             return original(attention, hidden_states, encoder_hidden_states, *args, **kwargs)
         return processor
@@ -260,7 +263,7 @@ class AttentionAllocator:
                              f" {text.shape[1]}; it needs a row for each picture of the batch and the pipeline's own max_sequence_length.")
         image, text = image[-batch:], text[-batch:]
 
-        def heads(projected, norm):                                      # [B, N, D] -> [B, heads, N, D / heads]
+        def heads(projected, norm):                                      # [B, tokens, D] -> [B, heads, tokens, d]
             projected = projected.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
             return projected if norm is None else norm(projected)
 
@@ -269,7 +272,7 @@ class AttentionAllocator:
                          heads(attention.add_k_proj(text), attention.norm_added_k)], dim=2)
         indicator = F.pad(self.core_tokens, (image.shape[1], 0)).to(key)              # [B, keys]: image keys are not core
         indicator = indicator[:, None, :, None].expand_as(key).contiguous()           # fast kernels want values shaped like keys
-        return F.scaled_dot_product_attention(query, key, indicator)[..., 0].float().mean(1)       # all D values are the same
+        return F.scaled_dot_product_attention(query, key, indicator)[..., 0].float().mean(1)       # all d values are the same
 
     def map(self):
         """Mean over all recorded blocks: [B, image tokens], each in [0, 1]."""
@@ -307,22 +310,25 @@ def allocation_weights(maps, size, allocation="spatial", lam=1.0):
 def sde_step(latents, velocity, sigma, sigma_next, sigma_max, noise_level, noise):
     """One step of the flow as a stochastic differential equation, SDE (Flow-GRPO, section "From ODE to SDE").
 
-        s    = a * sqrt(sigma / (1 - sigma))            where sigma = 1, sigma_max stands in the denominator
+        s    = a * sqrt(sigma / (1 - sigma))            at sigma = 1 with 1 - sigma_max as the denominator
         mean = x * (1 + s^2 / (2 sigma) * dt) + v * (1 + s^2 (1 - sigma) / (2 sigma)) * dt
         std  = s * sqrt(-dt)
         x'   = mean + std * noise
 
     with dt = sigma_next - sigma < 0, and SD3's convention x = (1 - sigma) * picture + sigma * noise, v = dx / dsigma.
 
-    Why noise at all? A deterministic sampler has no probabilities, so there is nothing that a policy gradient could raise.
-    Why is the mean not the plain flow's, x + v * dt? Noise alone would make x ever wider than anything the model has learned
-    to go on from. The terms with s^2 are -dt * s^2 / 2 times the score, the direction in which x becomes more probable,
-    which is -(x + (1 - sigma) v) / sigma. They pull x together by as much as the noise spreads it: at every sigma x is
-    distributed as under the plain flow, in the limit of small steps. `noise_level` a = 0 is the plain flow's Euler step.
-    Why sigma_max? At sigma = 1 the denominator would be 0; Flow-GRPO lets the schedule's next sigma stand in for it there.
+    Why noise at all? A deterministic sampler has no probabilities that depend on the model's weights, so there is nothing
+    that a policy gradient could raise; the random start is not the model's decision.
+    Why is the mean not the plain flow's, x + v * dt? Added noise alone would make x vary more than the model has seen in its
+    training. The terms with s^2 are -dt * s^2 / 2 times the score, the direction in which x becomes more probable: minus
+    the expected noise in x over sigma, and as v is noise minus picture, that noise is x + (1 - sigma) v. They pull x together
+    by as much as the added noise spreads it. In the limit of small steps x is distributed at every sigma as under the plain
+    flow, if v is that flow's own velocity; with guidance it is not quite. `noise_level` a = 0 is the flow's Euler step.
+    Why sigma_max? To keep s finite at sigma = 1. It is the schedule's second sigma, the highest one below 1 (Flow-GRPO's
+    choice).
 
-    Args: latents x and velocity v [B, C, H, W]; sigma > sigma_next, floats in [0, 1]; sigma_max, the schedule's
-        second sigma; noise [B, C, H, W], standard normal, or 0.0 where only the mean is wanted.
+    Args: latents x and velocity v [B, C, H, W]; sigma > sigma_next, floats in [0, 1]; sigma_max, see above; noise
+        [B, C, H, W], standard normal, or 0.0 where only the mean is wanted.
     Returns: (next latents x', mean, std), the first two [B, C, H, W] in float32, std a float.
     """
     latents, velocity = latents.float(), velocity.float()
@@ -340,12 +346,14 @@ def position_log_prob(sample, mean, std):
 
     Given x and v, the noise of one position is independent of the others', so the density of the whole step is exactly the
     product of the positions' densities. Each position is a decision of its own, with a probability and a ratio of its own.
-    How much each then counts is a choice, the weights: unequal ones follow another direction than the plain gradient.
+    How much each counts is then a choice, the weights. Unequal ones change the direction of the gradient, which no longer is
+    that of the expected reward: a bias, accepted in return for less noise.
 
     The mean over positions is Flow-GRPO's log-probability of the step. Mean and not sum over channels is its convention,
     too. The ratio is then the C-th root of the true one, which keeps it near 1; where it is 1, the gradient is 1 / C as long.
 
-    Args: sample, mean [B, C, H, W]; std > 0, a float or a tensor such as [B, 1, 1, 1], sqrt(-dt) included.
+    Args: sample, mean [B, C, H, W]; std > 0 with sqrt(-dt) included, a float or a tensor [B, 1, 1, 1]. For video, [B, C, F, H, W]
+        and [B, 1, 1, 1, 1].
     Returns: [B, H, W].
     """
     sample, mean = sample.float(), mean.float()
@@ -427,8 +435,9 @@ def group_advantages(rewards, global_std=False, clip=None, eps=1e-4):
 
         A[i, g] = (r[i, g] - mean over g of r[i]) / (std over g of r[i] + eps)          for prompt i and its picture g
 
-    Rewards of one prompt are compared with each other alone, so how hard the prompt is drops out, without a second network
-    that would have to predict it; the worse pictures of an easy prompt are made less likely, too.
+    Each reward is compared only with those of its own prompt. So the prompt's difficulty cancels, without a second network
+    that would have to predict it, and the worse pictures of an easy prompt are made less likely, too. Division by the
+    spread makes prompts whose rewards differ much and little count alike.
 
     Args: rewards r [K, G]; global_std, divide by the deviation of all rewards instead of each group's; clip, keep
         advantages within plus and minus this. Returns: [K, G], before clipping with mean 0 in each group; a group of equal
