@@ -347,7 +347,7 @@ def position_log_prob(sample, mean, std):
     Given x and v, the noise of one position is independent of the others', so the density of the whole step is exactly the
     product of the positions' densities. Each position is a decision of its own, with a probability and a ratio of its own.
     How much each counts is then a choice, the weights. Unequal ones change the direction of the gradient, which no longer is
-    that of the expected reward: a bias, accepted in return for less noise.
+    that of the expected reward: a bias, accepted for the sake of a clearer signal.
 
     The mean over positions is Flow-GRPO's log-probability of the step. Mean and not sum over channels is its convention,
     too. The ratio is then the C-th root of the true one, which keeps it near 1; where it is 1, the gradient is 1 / C as long.
@@ -371,7 +371,7 @@ class Rollout:
 
 
 def predict_velocity(transformer, latents, sigma, prompt, guidance_scale, empty_prompt):
-    """The model's velocity v(x, sigma, c) [B, C, H, W], with classifier-free guidance where guidance_scale is not 1.
+    """The model's velocity v(x, sigma, prompt) [B, C, H, W], with classifier-free guidance where guidance_scale is not 1.
 
     `prompt` and `empty_prompt` are (context [B, L, D], pooled [B, P]) pairs; the latter has B = 1 and is for guidance.
     """
@@ -788,8 +788,8 @@ def draw_lines(lines, path, across, up, note=""):
     for name, points, thickness in lines:
         means = [place(x, statistics.mean(points[x])) for x in sorted(points)]
         draw.line(means, fill=colours[name], width=2 * thickness, joint="curve")
-        for x, y in means:
-            draw.ellipse([x - 2 * thickness, y - 2 * thickness, x + 2 * thickness, y + 2 * thickness], fill=colours[name])
+        if len(means) == 1:                                   # a run that has only begun
+            draw.ellipse([x + move for move in (-8, 8) for x in means[0]], fill=colours[name])
     for number, (name, colour) in enumerate(colours.items()):
         draw.text((width - right + 28, top + row * number), name, colour, font)
     draw.text((width - right + 28, height - bottom), note, "#555555", font, anchor="ld")

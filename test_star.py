@@ -699,6 +699,11 @@ def test_the_readme_s_links_point_at_the_functions():
         assert re.match(rf"(def|class) {name}\b", lines[int(number) - 1]), f"{name} is not in line {number}"
 
 
+def test_the_readme_shows_every_picture_there_is():
+    shown = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", (HERE / "README.md").read_text())
+    assert sorted(shown) == sorted(str(path.relative_to(HERE)) for path in (HERE / "assets").rglob("*") if path.is_file())
+
+
 def test_the_readme_s_own_task_works(tmp_path):
     """The example in README.md, as it stands there, is trained on for one iteration."""
     readme = (HERE / "README.md").read_text()

@@ -137,6 +137,14 @@ class Brightness(Task):
         return torch.tensor([sum(ImageStat.Stat(image).mean) / 3 / 255 for image in images])
 
 
+class BrightnessByText(Brightness):
+    """The same with the sign's text for core words: the allocation is narrow and has nothing to do with the reward."""
+    own_prompts = "ocr"
+
+    def core_spans(self, prompt):
+        return quoted_span(prompt)
+
+
 def tokens_of(mask):
     """The image tokens [8, 8] of which a mask [32, 32] covers a quarter or more."""
     return torch.nn.functional.avg_pool2d(mask[None].float(), build.GRID)[0] >= 0.25
