@@ -1009,7 +1009,7 @@ def write_run(folder, name, rewards):
 def test_compare_by_hand(tmp_path, capsys):
     runs = [write_run(tmp_path, name, rewards) for name, rewards in (
         ("ocr-uniform-0", (0.2, 0.4, 0.6)), ("ocr-uniform-1", (0.3, 0.5, 0.7)), ("ocr-spatial-0", (0.2, 0.6, 0.8)), ("ocr-spatial-1", (0.3, 0.4, 0.5)))]
-    study.compare(argparse.Namespace(runs=runs, base="uniform", goal=0.5))
+    study.compare(argparse.Namespace(runs=runs, base="uniform", goal=0.5, report=None))
     rows = capsys.readouterr().out.splitlines()
     assert rows[0] == "held-out reward before: 0.200, 0.300; standard error of each 0.100"
     assert rows[3] == "| uniform | 2 | 0.650 (0.600 to 0.700) | 0.450 (0.400 to 0.500) |  |  | 125 (100 to 150) |  |  |"
@@ -1018,7 +1018,7 @@ def test_compare_by_hand(tmp_path, capsys):
                        " 1.25 (0.50 to 2.00) | inf (0.50 to inf) |")
     for others in (runs[2:], [*runs, write_run(tmp_path, "ocr-oracle-0", (0.2, 0.4))], [*runs, write_run(tmp_path, "geneval-oracle-0", (0.2, 0.4, 0.6))]):
         with pytest.raises(SystemExit, match="runs of one task with the same evaluations"):
-            study.compare(argparse.Namespace(runs=others, base="uniform", goal=0.5))
+            study.compare(argparse.Namespace(runs=others, base="uniform", goal=0.5, report=None))
 
 
 def test_gradient_measures_of_known_gradients():

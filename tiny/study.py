@@ -301,16 +301,19 @@ def compare(args):
     for name in args.runs:
         task, kind, seed = Path(name).name.rsplit("-", 2)
         runs.setdefault(kind, {})[int(seed)] = lines = star.read_metrics(Path(name))
+        for line in lines if args.report else ():
+            if "report" in line:
+                line["heldout_reward"] = line["report"][args.report]
         tasks.add(task)
         evaluations.add(tuple(line["images"] for line in lines if "heldout_reward" in line))
     if len(tasks) != 1 or len(evaluations) != 1 or not runs[args.base]:
         sys.exit(f"runs of one task with the same evaluations can be compared, some of them {args.base}; these are of {', '.join(sorted(tasks))}"
                  f" with {len(evaluations)} lists of evaluations, {len(runs[args.base])} of them {args.base}.")
     start, error = ([lines[0][key] for lines in runs[args.base].values()] for key in ("heldout_reward", "heldout_reward_standard_error"))
-    print(f"held-out reward before: {', '.join(f'{value:.3f}' for value in start)}; standard error of each {statistics.mean(error):.3f}")
+    print(f"{args.report or 'held-out reward'} before: {', '.join(f'{value:.3f}' for value in start)}" + ("" if args.report else f"; standard error of each {statistics.mean(error):.3f}"))
     ratio = lambda ours, theirs: ours / theirs if theirs and theirs < math.inf else math.nan             # neither 0 pictures nor never tell how much faster
     spread = lambda values, form: "-" if any(map(math.isnan, values)) else f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
-    print(f"| allocation | seeds | reward at the end | mean over the run | against {args.base}, seed by seed | better on | pictures to {args.goal:.3g} | against {args.base} | pictures to {args.base}'s end, against {args.base} |")
+    print(f"| allocation | seeds | {args.report or 'held-out reward'} at the end | mean over the run | against {args.base}, seed by seed | better on | pictures to {args.goal:.3g} | against {args.base} | pictures to {args.base}'s end, against {args.base} |")
     print("| --- " * 9 + "|")
     for kind, seeds in runs.items():
         pairs = [(lines, runs[args.base][seed]) for seed, lines in sorted(seeds.items()) if seed in runs[args.base]]
@@ -463,6 +466,7 @@ def main():
     parser.add_argument("--kind", default="spatial", help="for train: uniform, spatial, spatiotemporal, lam0.5 (or another strength), shuffled, oracle")
     parser.add_argument("--seed", type=int, default=0, help="for train")
     parser.add_argument("--goal", type=float, default=0.8, help="for compare: the held-out reward to be reached")
+    parser.add_argument("--report", help="for compare: one of the task's other figures instead of its reward, such as 'strict GenEval'")
     parser.add_argument("--base", default="uniform", help="for compare: the kind that the others are compared with")
     parser.add_argument("--model", default=str(HERE / "sd3"))
     parser.add_argument("--pictures", type=int, default=192)
