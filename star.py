@@ -953,7 +953,7 @@ def check(args):
     for name, good, needed in (
             ("lam", 0 <= args.lam <= 1, "between 0 (no allocation) and 1 (all of it)"),
             ("noise_level", args.noise_level > 0, "above 0, such as 0.7: without noise there are no probabilities to train"),
-            ("learning_rate", args.learning_rate > 0, "above 0"), ("weight_decay", args.weight_decay >= 0, "0 or more"),
+            ("guidance_scale", args.guidance_scale >= 0, "0 or more"), ("learning_rate", args.learning_rate > 0, "above 0"), ("weight_decay", args.weight_decay >= 0, "0 or more"),
             ("max_gradient_norm", args.max_gradient_norm > 0, "above 0"), ("clip_range", args.clip_range > 0, "above 0"),
             ("advantage_clip", args.advantage_clip > 0, "above 0"), ("kl_weight", args.kl_weight >= 0, "0 or more"),
             ("ema_decay", 0 <= args.ema_decay < 1, "0 (no average) or more, and less than 1")):
@@ -1029,7 +1029,15 @@ def check_folder(args, folder):
         for key, value in settings_of(args).items():
             if before.get(key) != value:
                 stop(f"{folder} was run with {key} = {before.get(key)}, not {value}; use the same arguments to resume it.")
+    check_writable(folder)
     return last_checkpoint(folder)
+
+
+def check_writable(folder):
+    """Ends the program if nothing can be written to the folder, which may not exist yet: said before minutes of loading."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        stop(f"--out {folder}: {nearest} is not a folder that can be written to; choose another one.")
 
 
 def load(args, task, checkpoint):
@@ -1099,6 +1107,7 @@ def main(argv=None):
     if instead.benchmark is not None:
         if instead.benchmark < 1:
             stop(f"--benchmark is {instead.benchmark}; it is a number of repeats and must be 1 or more.")
+        check_writable(Path(args.out or "."))
         return benchmark(load(args, task, None), instead.benchmark)
     folder = Path(args.out or f"runs/{re.sub('[^A-Za-z0-9.]+', '-', args.task)}-{args.allocation}-{args.seed}")
     checkpoint = check_folder(args, folder)
@@ -1201,13 +1210,14 @@ def maps_of(args, prompt, words):
     spans = [match.span() for match in re.finditer(re.escape(words), prompt)] if words else quoted_span(prompt) or content_word_spans(prompt)
     if not spans:
         stop(f"--maps {prompt}: " + (f"the words {words} do not occur in it." if words else "it has no words to look for."))
-    run = load(replace(args, kl_weight=0.0, ema_decay=0.0), None, None)             # no second copy of the weights
-    core, = core_tokens_of(run.pipeline, [prompt], [spans], args.max_sequence_length)
-    if not core.any():
-        stop(f"--maps {prompt}: the words to look for come after its first {args.max_sequence_length} tokens, where it is cut off; see --max-sequence-length.")
     path = Path(args.out or ".") / "maps.png"
+    check_writable(path.parent)
+    heavy = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3", *(() if args.t5 else ("tokenizer_3",)))
+    tokenizers = StableDiffusion3Pipeline.from_pretrained(beside(args.model), **dict.fromkeys(heavy))
+    if not core_tokens_of(tokenizers, [prompt], [spans], args.max_sequence_length).any():
+        stop(f"--maps {prompt}: the words to look for come after its first {args.max_sequence_length} tokens, where it is cut off; see --max-sequence-length.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    show_maps(run, [prompt], [spans], path)
+    show_maps(load(replace(args, kl_weight=0.0, ema_decay=0.0), None, None), [prompt], [spans], path)       # no second copy of the weights
     print(f"wrote {path}: attention to", ", ".join(prompt[start:end] for start, end in spans))
 
 
