@@ -1,20 +1,26 @@
-"""The tasks: what is asked for, which words of the prompt matter, and how good a picture is.
+"""The tasks: what is asked for, which words of the prompt matter, and how good an image is.
 
-`star.py` uses a task through these names and nothing else; README shows how to write one in a dozen lines:
+`star.py` uses a task through these names and nothing else. README shows how to write one.
+
     prompts, heldout_prompts     lists of strings
-    model_names                  folders or hub names of the models it needs, to be checked before anything heavy is loaded
     core_spans(prompt)           the (start, end) characters of the words that the reward is about
-    load(device)                 brings in what is heavy
-    reward(images, prompts)      one number per PIL picture, a tensor [len(images)]
-    report(images, prompts)      further numbers to print, a dict
-    scale                        what a reward is divided by where it is mixed with others
-Constructors take (prompts, heldout_prompts, model), paths or names that may be None, and raise ValueError with one sentence.
+    load(device)                 loads the models that the reward needs
+    reward(images, prompts)      one number per PIL image: a list, an array or a tensor
+    report(images, prompts)      further numbers to log, a dict
+    scale                        a reward is divided by this where it is mixed with others
+
+Constructors take (prompts, heldout_prompts, model, full_size): two files and the names of models,
+None for the task's own, and whether a full-size model is trained. They raise UserError.
 """
+
+import functools
 import importlib.util
 import itertools
 import json
 import random
 import re
+import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,78 +28,143 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, CLIPModel, Mask2FormerModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CLIPModel,
+    Mask2FormerModel,
+)
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerPreTrainedModel
 
 TINY = Path(__file__).parent / "tiny"
 
 
-def read_lines(file) -> list[tuple[int, str]]:
-    """(line number, text) of every line of a file that is not blank. Raises ValueError, one sentence, for an unusable file."""
-    if not Path(file).is_file():
-        raise ValueError(f"prompt file {file} does not exist; give a text file with one prompt per line.")
-    lines = [(number, line.strip()) for number, line in enumerate(Path(file).read_text(encoding="utf-8").split("\n"), 1) if line.strip()]
-    if not lines:
-        raise ValueError(f"prompt file {file} is empty; it needs one prompt per line.")
+# ------------------------------------------------------------------------------ Errors and loading
+class UserError(Exception):
+    """A mistake of the user or a file that fails: star.py ends with this one sentence."""
+
+
+def require(condition, sentence):
+    if not condition:
+        raise UserError(sentence)
+
+
+@contextmanager
+def naming(subject):
+    """The one place that turns errors of files and libraries into a sentence about `subject`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # the libraries raise many kinds
+        text = str(error).strip().split("\n")[0] or "failed"
+        raise UserError(f"{subject}: {text} ({type(error).__name__})") from error
+
+
+def load_model(kind, name, device):
+    """A frozen model of class `kind`. Raises UserError if `name` holds another kind of model."""
+    with naming(f"reward model {name}"):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        wanted = getattr(kind, "config_class", type(config)).model_type
+        require(config.model_type == wanted, f"reward model {name} is not a {wanted} model")
+        model = kind.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
+        return model.to(device).eval().requires_grad_(False)
+
+
+def load_processor(kind, name, **options):
+    with naming(f"reward model {name}"):
+        return kind.from_pretrained(name, trust_remote_code=False, **options)
+
+
+def scores(task, images, prompts):
+    """The rewards of a task as float32 [B] on the CPU, computed without gradients."""
+    with torch.no_grad():
+        values = task.reward(images, prompts)
+    rewards = torch.as_tensor(values, dtype=torch.float32, device="cpu")
+    good = rewards.shape == (len(images),) and rewards.isfinite().all()
+    wanted = f"must be one finite number for each of {len(images)} images"
+    require(good, f"the reward of {type(task).__name__} {wanted}, not {rewards}")
+    return rewards
+
+
+# ----------------------------------------------------------------------------------- Prompts, tasks
+def read_lines(file):
+    """("FILE, line NUMBER", text) of every line of a file that is not blank."""
+    with naming(f"prompt file {file}"):
+        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
+    lines = [(f"{file}, line {n}", line.strip()) for n, line in enumerate(lines, 1) if line.strip()]
+    require(lines, f"prompt file {file} is empty; it needs one prompt per line")
     return lines
 
 
-def read_prompts(file) -> list[tuple[int, str]]:
-    """(line number, prompt) of every line that is not blank; of a .jsonl file, the field `prompt`."""
-    lines = read_lines(file)
-    return [(number, read_record(file, number, line)["prompt"]) for number, line in lines] if str(file).endswith(".jsonl") else lines
+def read_records(file):
+    """("FILE, line NUMBER", object) of every line of a JSON lines file with prompts."""
+    records = []
+    for where, line in read_lines(file):
+        with naming(where):
+            record = json.loads(line)
+        prompt = record.get("prompt") if isinstance(record, dict) else None
+        require(prompt and isinstance(prompt, str), f"{where}: the field prompt must be a text")
+        records.append((where, record))
+    return records
 
 
-def read_record(file, number: int, line: str, fields=("prompt",)) -> dict:
-    """A line of JSON that must be an object with these fields."""
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError:
-        raise ValueError(f"{file}, line {number} is not JSON; lines such as those of GenEval's evaluation_metadata.jsonl are expected.")
-    for name in fields:
-        if not isinstance(record, dict) or not record.get(name):
-            raise ValueError(f"{file}, line {number} lacks the field {name}.")
-    return record
+def read_prompts(file):
+    """("FILE, line NUMBER", prompt) of a file of prompts or, if it ends in .jsonl, of records."""
+    if str(file).endswith(".jsonl"):
+        return [(where, record["prompt"]) for where, record in read_records(file)]
+    return read_lines(file)
 
 
 class Task:
-    """What most tasks share: prompts from two files, of which every word that is not a function word is core."""
-    own_prompts = "pickscore"        # tiny/prompts/<this>.txt and tiny/prompts/<this>_heldout.txt are used where no files are given
-    own_models = ()
+    """What tasks share: prompts from two files; all words but function words are core."""
+
+    own_prompts = "pickscore"  # tiny/prompts/<this>.txt and <this>_heldout.txt
+    own_models, real_models = (), ()  # that score the miniature's images, and a real model's
     scale = 1.0
 
-    def __init__(self, prompts: str = None, heldout_prompts: str = None, model: str = None):
-        self.files = [prompts or self.own_file(""), heldout_prompts or self.own_file("_heldout")]
-        self.prompts, self.heldout_prompts = ([prompt for _, prompt in read_prompts(file)] for file in self.files)
-        self.model_names = str(model).split(",") if model else [str(TINY / name) for name in self.own_models]
+    def __init__(self, prompts=None, heldout_prompts=None, model=None, full_size=False):
+        own, models = self.own_prompts, [str(TINY / name) for name in self.own_models]
+        if full_size:
+            own, models = "real_ocr", self.real_models
+        folder = TINY / "prompts"
+        self.files = [prompts or folder / f"{own}.txt"]
+        self.files += [heldout_prompts or folder / f"{own}_heldout.txt"]
+        self.prompts, self.heldout_prompts = map(self.read, self.files)
+        self.models = str(model).split(",") if model else models
 
-    def own_file(self, ending: str) -> str:
-        return str(TINY / "prompts" / f"{self.own_prompts}{ending}.txt")
+    def read(self, file):
+        return [prompt for _, prompt in read_prompts(file)]
 
-    def core_spans(self, prompt: str) -> list[tuple[int, int]]:
+    def core_spans(self, prompt):
         return content_word_spans(prompt)
 
     def load(self, device):
         pass
 
-    def report(self, images: list, prompts: list[str]) -> dict[str, float]:
+    def report(self, images, prompts):
         return {}
 
 
-def content_word_spans(prompt: str) -> list[tuple[int, int]]:
+def content_word_spans(prompt):
     """The (start, end) of every word of the prompt that is not a function word."""
-    return [match.span() for match in re.finditer(r"[^\W_]+(?:['’-][^\W_]+)*", prompt) if match.group().lower() not in FUNCTION_WORDS]
+    words = re.finditer(r"[^\W_]+(?:['’-][^\W_]+)*", prompt)
+    return [word.span() for word in words if word.group().lower() not in FUNCTION_WORDS]
 
 
-FUNCTION_WORDS = set("""a an the this that these those some any each every no of in on at by for from to into onto with without within over under
-    between through and or but nor so as than if while is are was were be been being has have had it its he she they them his her their i you we
-    which who whose what where when there here very not""".split())
+FUNCTION_WORDS = set(
+    """a an the this that these those some any each every no of in on at by for from to into onto
+    with without within over under between through and or but nor so as than if while is are was
+    were be been being has have had it its he she they them his her their i you we which who whose
+    what where when there here very not""".split()
+)
 
 
-# ------------------------------------------------------------------------------------------------------------------- OCR
-
-def edit_distance(a: str, b: str) -> int:
-    """Levenshtein distance: the least number of single-character insertions, deletions and substitutions."""
+# ---------------------------------------------------------------------------------------------- OCR
+def edit_distance(a, b):
+    """Levenshtein distance: the least number of insertions, deletions and substitutions."""
     previous = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         current = [i]
@@ -103,10 +174,11 @@ def edit_distance(a: str, b: str) -> int:
     return previous[-1]
 
 
-def text_reward(read: str, target: str) -> float:
-    """Flow-GRPO's OCR reward (arXiv 2505.05470, section 4): 1 - min(edit distance, len) / len, in [0, 1].
+def text_reward(read, target):
+    """Flow-GRPO's OCR reward (arXiv 2505.05470, section 4): 1 - min(distance, len) / len.
 
-    Case and spaces do not count. A target that is contained in what was read counts as written without a fault.
+    Case and spaces do not count. A target that is contained in the text that was read counts as
+    correct.
     """
     read, target = ("".join(text.lower().split()) for text in (read, target))
     if target in read:
@@ -114,101 +186,117 @@ def text_reward(read: str, target: str) -> float:
     return 1 - min(edit_distance(read, target), len(target)) / len(target)
 
 
-def quoted_span(prompt: str) -> list[tuple[int, int]]:
-    """The (start, end) of the first text between straight double quotes, without them; an empty list if there is none."""
-    found = re.search(r'"([^"]*[^"\s][^"]*)"', prompt)
-    return [found.span(1)] if found else []
+def quoted_span(prompt):
+    """The (start, end) of the first text between straight double quotes, in a list; [] if none."""
+    quoted = [match for match in re.finditer(r'"([^"]*)"', prompt) if match[1].strip()]
+    return [match.span(1) for match in quoted[:1]]
 
 
 class OCR(Task):
-    """Write the text that stands between straight double quotes in the prompt. `model`: an image-to-text reader."""
+    """Write the text between straight double quotes in the prompt. `model` reads text."""
 
     own_prompts = "ocr"
-    own_models = ("ocr",)
+    own_models, real_models = ("ocr",), ("florence-community/Florence-2-large",)
 
-    def __init__(self, prompts: str = None, heldout_prompts: str = None, model: str = None):
-        super().__init__(prompts, heldout_prompts, model)
-        for file in self.files:          # a prompt that asks for no text has no reward
-            without = [(number, prompt) for number, prompt in read_prompts(file) if not self.core_spans(prompt)]
-            if without:
-                raise ValueError(f"{file}, line {without[0][0]} has no text between straight double quotes: {without[0][1]}"
-                                 + (f" (and {len(without) - 1} more such lines)" if len(without) > 1 else ""))
+    def read(self, file):
+        for where, prompt in read_prompts(file):
+            missing = f"{where} has no text between straight double quotes: {prompt}"
+            require(self.core_spans(prompt), missing)
+        return super().read(file)
 
-    def core_spans(self, prompt: str) -> list[tuple[int, int]]:
+    def core_spans(self, prompt):
         return quoted_span(prompt)
 
     def load(self, device):
-        self.processor = AutoProcessor.from_pretrained(self.model_names[0])
-        self.reader = AutoModelForImageTextToText.from_pretrained(self.model_names[0]).to(device).eval()
+        self.processor = load_processor(AutoProcessor, self.models[0])
+        self.reader = load_model(AutoModelForImageTextToText, self.models[0], device)
 
     @torch.inference_mode()
-    def read(self, images: list, batch_size: int = 32) -> list[str]:
-        """What the reader sees on each PIL picture. Florence-2 wants to be told what to do, TrOCR can only read."""
-        told = {"text": "<OCR>"} if self.reader.config.model_type == "florence2" else {}
+    def transcribe(self, images, batch_size=32):
+        """The text that the reader finds on each image."""
+        florence = self.reader.config.model_type == "florence2"  # it must be told what to do
         texts = []
         for start in range(0, len(images), batch_size):
-            batch = images[start:start + batch_size]
-            inputs = self.processor(images=batch, **{key: [value] * len(batch) for key, value in told.items()}, return_tensors="pt").to(self.reader.device)
-            texts += self.processor.batch_decode(self.reader.generate(**inputs), skip_special_tokens=True)
+            batch = images[start : start + batch_size]
+            instruction = dict(text=["<OCR>"] * len(batch)) if florence else {}
+            inputs = self.processor(images=batch, **instruction, return_tensors="pt")
+            tokens = self.reader.generate(**inputs.to(self.reader.device))
+            texts += self.processor.batch_decode(tokens, skip_special_tokens=True)
         return texts
 
-    def reward(self, images: list, prompts: list[str]) -> torch.Tensor:
-        """One reward in [0, 1] per picture, shape [len(images)]; see `text_reward`."""
+    def reward(self, images, prompts):
+        """`text_reward` of each image, [len(images)]."""
         targets = [prompt[slice(*self.core_spans(prompt)[0])] for prompt in prompts]
-        return torch.tensor([text_reward(read, target) for read, target in zip(self.read(images), targets)])
+        return [text_reward(*pair) for pair in zip(self.transcribe(images), targets)]
 
 
-# --------------------------------------------------------------------------------------------------------------- GenEval
-
-COLOURS = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"]
+# ------------------------------------------------------------------------------------------ GenEval
+COLOURS = "red orange yellow green blue purple pink brown black white".split()
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = ["left of", "right of", "above", "below"]
-COLOUR_PROMPTS = ["a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object"]
-PLURALS = {"person": "people", "knife": "knives", "sheep": "sheep", "skis": "skis", "scissors": "scissors", "mouse": "mice", "box": "boxes"}
-COCO = [name.replace("_", " ") for name in """person bicycle car motorcycle airplane bus train truck boat traffic_light fire_hydrant stop_sign parking_meter
-    bench bird cat dog horse sheep cow elephant bear zebra giraffe backpack umbrella handbag tie suitcase frisbee skis snowboard sports_ball kite
-    baseball_bat baseball_glove skateboard surfboard tennis_racket bottle wine_glass cup fork knife spoon bowl banana apple sandwich orange broccoli
-    carrot hot_dog pizza donut cake chair couch potted_plant bed dining_table toilet tv laptop computer_mouse tv_remote computer_keyboard cell_phone
-    microwave oven toaster sink refrigerator book clock vase scissors teddy_bear hair_drier toothbrush""".split()]      # as the benchmark spells them
-CONFIDENCE, COUNTING_CONFIDENCE, MOST_OBJECTS, POSITION_MARGIN = 0.3, 0.9, 16, 0.1        # the benchmark's
+COLOUR_PROMPTS = [
+    "a photo of a {colour} {name}",
+    "a photo of a {colour}-colored {name}",
+    "a photo of a {colour} object",
+]
+PLURALS = dict(person="people", knife="knives", sheep="sheep", skis="skis", scissors="scissors")
+PLURALS |= dict(mouse="mice", box="boxes")
+COCO = [  # as the benchmark spells them
+    name.replace("_", " ")
+    for name in """person bicycle car motorcycle airplane bus train truck boat traffic_light
+    fire_hydrant stop_sign parking_meter bench bird cat dog horse sheep cow elephant bear zebra
+    giraffe backpack umbrella handbag tie suitcase frisbee skis snowboard sports_ball kite
+    baseball_bat baseball_glove skateboard surfboard tennis_racket bottle wine_glass cup fork knife
+    spoon bowl banana apple sandwich orange broccoli carrot hot_dog pizza donut cake chair couch
+    potted_plant bed dining_table toilet tv laptop computer_mouse tv_remote computer_keyboard
+    cell_phone microwave oven toaster sink refrigerator book clock vase scissors teddy_bear
+    hair_drier toothbrush""".split()
+]
+# the benchmark's numbers, and the size to which its detector scales images
+CONFIDENCE, COUNTING_CONFIDENCE, MOST_OBJECTS, POSITION_MARGIN = 0.3, 0.9, 16, 0.1
+DETECTOR_SIZE = dict(shortest_edge=800, longest_edge=1333)
 
 
 @dataclass
 class Detection:
     """One object that the detector found."""
+
     confidence: float
-    box: tuple                   # (left, top, right, bottom) in pixels
-    mask: torch.Tensor = None    # bool [height, width]
+    box: tuple  # (left, top, right, bottom) in pixels
+    mask: torch.Tensor = None  # bool [height, width]
 
 
-def relations(box, other) -> set[str]:
-    """The benchmark's relations of `box` to `other`, from their centres' offset.
+def relations(box, other):
+    """The benchmark's relations of `box` to `other`, from their centres' offset, as a set.
 
-    Along each axis the offset is shortened by a tenth of the summed box sizes, then divided by the length of the whole
-    offset; a relation holds where the result exceeds 0.5.
+    Along each axis the offset is shortened by a tenth of the summed box sizes, then divided by the
+    length of the whole offset. A relation holds where the result exceeds 0.5.
     """
     offset = [(box[i] + box[i + 2] - other[i] - other[i + 2]) / 2 for i in (0, 1)]
-    sizes = [box[i + 2] - box[i] + other[i + 2] - other[i] for i in (0, 1)]
-    length = (offset[0] ** 2 + offset[1] ** 2) ** 0.5
-    x, y = ((max(abs(o) - POSITION_MARGIN * size, 0) * (1 if o > 0 else -1) / length if length else 0) for o, size in zip(offset, sizes))
-    return {name for name, value in zip(RELATIONS, (-x, x, -y, y)) if value > 0.5}
+    length = (offset[0] ** 2 + offset[1] ** 2) ** 0.5 or 1
+    found = set()
+    for i, (negative, positive) in enumerate([RELATIONS[:2], RELATIONS[2:]]):
+        sizes = box[i + 2] - box[i] + other[i + 2] - other[i]
+        if max(abs(offset[i]) - POSITION_MARGIN * sizes, 0) / length > 0.5:
+            found.add(positive if offset[i] > 0 else negative)
+    return found
 
 
-def judge(found: dict[str, list[Detection]], metadata: dict, colours_of) -> tuple[bool, float]:
-    """GenEval's verdict on one picture (Ghosh et al. 2023), and a graded one that rewards every step towards it.
+def judge(found, metadata, colours_of):
+    """GenEval's verdict on one image (Ghosh et al. 2023), and a graded one: (correct, credit).
 
-    Strict: every `include` clause finds at least `count` objects of its class; the `count` most confident of them have the
-    colour, if one is asked for, and stand in the `position` to all objects of the earlier clause, if one is asked for;
-    no `exclude` clause finds `count` objects or more.
+    Strict: every `include` clause finds at least `count` objects of its class. The `count` most
+    confident of them have the colour, if one is asked for, and stand in the `position` to all
+    objects of the earlier clause, if one is asked for. No `exclude` clause finds `count` objects.
 
-    Graded, as Flow-GRPO describes its reward (arXiv 2505.05470, section 4): the mean of these credits over all clauses
+    Graded, after Flow-GRPO (arXiv 2505.05470, section 4): the mean of these credits over clauses
+
         count      max(0, 1 - |found - asked| / asked)
-        colour     share of the asked objects that have the colour, where enough are found, else 0
+        colour     share of the asked objects that have the colour, 0 where too few are found
         position   1 where the relation holds, else 0
-    so a picture with the right objects in wrong colours or places still earns the credit of their number.
 
-    Args: found, per class, the most confident first; metadata, a line of the benchmark's file; colours_of(detections,
-        class) -> list of colour names.  Returns: (correct, credit in [0, 1]).
+    found: per class, the most confident first. metadata: a line of the benchmark's file.
+    colours_of(detections, class) -> list of colour names.
     """
     credits, groups, correct = [], [], True
     for clause in metadata["include"]:
@@ -223,7 +311,9 @@ def judge(found: dict[str, list[Detection]], metadata: dict, colours_of) -> tupl
             matched = matched and right == count
         if "position" in clause:
             relation, target = clause["position"]
-            placed = enough and groups[target] is not None and all(relation in relations(a.box, b.box) for a in objects for b in groups[target])
+            pairs = itertools.product(objects, groups[target] or [])
+            placed = enough and groups[target] is not None
+            placed = placed and all(relation in relations(a.box, b.box) for a, b in pairs)
             credits.append(float(placed))
             matched = matched and placed
         groups.append(objects if matched else None)
@@ -233,46 +323,51 @@ def judge(found: dict[str, list[Detection]], metadata: dict, colours_of) -> tupl
     return correct, sum(credits) / len(credits)
 
 
-def plural(name: str) -> str:
+def plural(name):
     head, _, last = name.rpartition(" ")
-    return f"{head} {PLURALS.get(last, last + ('es' if last.endswith(('s', 'sh', 'ch', 'x')) else 's'))}".strip()
+    regular = last + ("es" if last.endswith(("s", "sh", "ch", "x")) else "s")
+    return f"{head} {PLURALS.get(last, regular)}".strip()
 
 
-def with_article(words: str) -> str:
+def with_article(words):
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
-def geneval_prompts(labels: list[str], count: int, seed: int = 0, settings=("a photo of {}",)) -> list[dict]:
-    """Up to `count` different prompts from the benchmark's six templates over a detector's labels, in its own format."""
+def geneval_prompts(labels, count, seed=0, settings=("a photo of {}",)):
+    """Up to `count` different prompts from the benchmark's six templates, in its own format."""
     rng, made = random.Random(seed), {}
     for _ in range(20 * count):
         a, b = rng.sample(labels, 2)
         colour, other = rng.sample(COLOURS, 2)
         number, relation = rng.choice(list(NUMBERS)), rng.choice(RELATIONS)
-        tag, include, words = rng.choice([
-            ("single_object", [{"class": a, "count": 1}], with_article(a)),
-            ("two_object", [{"class": a, "count": 1}, {"class": b, "count": 1}], f"{with_article(a)} and {with_article(b)}"),
-            ("counting", [{"class": a, "count": number}], f"{NUMBERS[number]} {plural(a)}"),
-            ("colors", [{"class": a, "count": 1, "color": colour}], with_article(f"{colour} {a}")),
-            ("position", [{"class": b, "count": 1}, {"class": a, "count": 1, "position": [relation, 0]}], f"{with_article(a)} {relation} {with_article(b)}"),
-            ("color_attr", [{"class": a, "count": 1, "color": colour}, {"class": b, "count": 1, "color": other}],
-             f"{with_article(f'{colour} {a}')} and {with_article(f'{other} {b}')}")])
+        one_a, one_b = {"class": a, "count": 1}, {"class": b, "count": 1}
+        red_a, red_b = one_a | {"color": colour}, one_b | {"color": other}
+        coloured = [with_article(f"{colour} {a}"), with_article(f"{other} {b}")]
+        a_name, b_name, many = with_article(a), with_article(b), f"{NUMBERS[number]} {plural(a)}"
+        placed = one_a | {"position": [relation, 0]}
+        templates = [
+            ("single_object", [one_a], a_name),
+            ("two_object", [one_a, one_b], f"{a_name} and {b_name}"),
+            ("counting", [one_a | {"count": number}], many),
+            ("colors", [red_a], coloured[0]),
+            ("position", [one_b, placed], f"{a_name} {relation} {b_name}"),
+            ("color_attr", [red_a, red_b], " and ".join(coloured)),
+        ]
+        tag, include, words = rng.choice(templates)
         record = {"tag": tag, "include": include, "prompt": rng.choice(settings).format(words)}
         if tag == "counting":
-            record["exclude"] = [{"class": a, "count": number + 1}]
+            record["exclude"] = [one_a | {"count": number + 1}]
         made.setdefault(record["prompt"], record)
         if len(made) == count:
             break
     records = list(made.values())
-    rng.shuffle(records)             # the few single objects came first
+    rng.shuffle(records)  # the few single objects came first
     return records
 
 
 class Segmenter(Mask2FormerPreTrainedModel):
-    """Mask2FormerForUniversalSegmentation without its training loss, which would need one more package (SciPy).
+    """Mask2FormerForUniversalSegmentation without its training loss, which would need SciPy."""
 
-    It loads the same checkpoints and returns what the image processor's post_process_instance_segmentation needs.
-    """
     _keys_to_ignore_on_load_unexpected = ["criterion"]
 
     def __init__(self, config):
@@ -283,172 +378,216 @@ class Segmenter(Mask2FormerPreTrainedModel):
 
     def forward(self, pixel_values):
         output = self.model(pixel_values=pixel_values)
-        return SimpleNamespace(class_queries_logits=self.class_predictor(output.transformer_decoder_last_hidden_state),
-                               masks_queries_logits=output.masks_queries_logits[-1])
+        classes = self.class_predictor(output.transformer_decoder_last_hidden_state)
+        masks = output.masks_queries_logits[-1]
+        return SimpleNamespace(class_queries_logits=classes, masks_queries_logits=masks)
 
 
 class GenEval(Task):
-    """Paint the objects that the prompt asks for: which, how many, in which colours and places (Ghosh et al. 2023).
+    """Show the objects of the prompt in number, colour and place (Ghosh et al. 2023).
 
-    `prompts`: files in the benchmark's format, evaluation_metadata.jsonl; without any, a detector other than the
-    miniature gets prompts made from its labels. `model`: detector and colour classifier, names separated by a comma.
+    `prompts`: files in the format of the benchmark's evaluation_metadata.jsonl. Without any, a
+    detector other than the miniature's gets prompts made from its labels. `model`: detector and
+    colour classifier, separated by a comma.
     """
 
     own_prompts = "geneval"
     own_models = ("detector", "clip")
+    real_models = (
+        "facebook/mask2former-swin-small-coco-instance",
+        "openai/clip-vit-large-patch14",
+    )
 
-    def __init__(self, prompts: str = None, heldout_prompts: str = None, model: str = None):
-        self.model_names = str(model).split(",") if model else [str(TINY / name) for name in self.own_models]
-        if len(self.model_names) != 2:
-            raise ValueError(f"--reward-model {model} must name two models for geneval, DETECTOR,CLIP.")
-        try:
-            labels = AutoConfig.from_pretrained(self.model_names[0]).id2label
-        except Exception as error:      # the hub's client raises many kinds
-            raise ValueError(f"detector {self.model_names[0]} is neither a model's folder nor a hub model that can be reached ({type(error).__name__}).")
-        self.labels = COCO if len(labels) == len(COCO) else list(labels.values())        # COCO detectors differ in spelling, not in order
-        made = geneval_prompts(self.labels, 2200) if model else []
-        self.files = [prompts or self.own_file("", model), heldout_prompts or self.own_file("_heldout", model)]
-        train, heldout = (self.read(file) if file else part for file, part in zip(self.files, (made[:-200], made[-200:])))
-        self.prompts, self.heldout_prompts = ([record["prompt"] for record in records] for records in (train, heldout))
-        self.metadata = {record["prompt"]: record for record in train + heldout}
+    def __init__(self, prompts=None, heldout_prompts=None, model=None, full_size=False):
+        self.models = [str(TINY / name) for name in self.own_models]
+        real = model or full_size
+        if real:
+            self.models = str(model).split(",") if model else self.real_models
+        require(len(self.models) == 2, f"--reward-model {model}: geneval needs DETECTOR,CLIP")
+        with naming(f"reward model {self.models[0]}"):
+            config = AutoConfig.from_pretrained(self.models[0], trust_remote_code=False)
+        labels = list(config.id2label.values())
+        self.coco = len(labels) == len(COCO)  # COCO detectors differ in spelling, not in order
+        self.labels = COCO if self.coco else labels
+        own = [TINY / "prompts" / name for name in ("geneval.jsonl", "geneval_heldout.jsonl")]
+        own, made = ([None, None], geneval_prompts(self.labels, 2200)) if real else (own, [])
+        self.files = [prompts or own[0], heldout_prompts or own[1]]
+        parts = zip(self.files, (made[:-200], made[-200:]))
+        parts = [self.read(file) if file else part for file, part in parts]
+        self.metadata = {record["prompt"]: record for record in parts[0] + parts[1]}
+        self.prompts, self.heldout_prompts = ([r["prompt"] for r in part] for part in parts)
 
-    def own_file(self, ending, model):
-        return None if model else str(TINY / "prompts" / f"geneval{ending}.jsonl")
+    def read(self, file):
+        """The records of a file in the benchmark's format."""
+        records = read_records(file)
+        for where, record in records:
+            include, exclude = record.get("include"), record.get("exclude", [])
+            lists = isinstance(include, list) and include and isinstance(exclude, list)
+            require(lists, f"{where}: include and exclude must be lists of clauses")
+            require(isinstance(record.get("tag"), str), f"{where}: the field tag must be a text")
+            for number, clause in enumerate(include + exclude):
+                require(isinstance(clause, dict), f"{where}: clause {clause} must be an object")
+                self.check(where, clause, number)
+        return [record for _, record in records]
 
-    def read(self, file) -> list[dict]:
-        """The records of a file in the benchmark's format. Raises ValueError with the line's number and the field."""
-        records = []
-        for number, line in read_lines(file):
-            where = f"{file}, line {number}"
-            record = read_record(file, number, line, ("tag", "include", "prompt"))
-            for position, clause in enumerate(record["include"] + record.get("exclude", [])):
-                for name in ("class", "count"):
-                    if name not in clause:
-                        raise ValueError(f"{where} lacks the field {name} in one of its clauses.")
-                if clause["class"] not in self.labels:
-                    raise ValueError(f"{where}: the detector does not know the class {clause['class']}; its classes are {', '.join(self.labels)}.")
-                if clause.get("color", "red") not in COLOURS:
-                    raise ValueError(f"{where}: the colour {clause['color']} is not one of {', '.join(COLOURS)}.")
-                relation, target = clause.get("position", ("above", -1))
-                if relation not in RELATIONS or target >= position:
-                    raise ValueError(f"{where}: the position {clause['position']} must name one of {', '.join(RELATIONS)} and the index of an earlier clause.")
-            records.append(record)
-        return records
+    def check(self, where, clause, number):
+        """UserError if a field of a clause is not as the benchmark has it."""
+        count, colour = clause.get("count"), clause.get("color", "red")
+        whole = type(count) is int and count >= 1
+        require(whole, f"{where}: count {count} must be a whole number of 1 or more")
+        for field, value, known in (
+            ("class", clause.get("class"), self.labels),
+            ("color", colour, COLOURS),
+        ):
+            require(value in known, f"{where}: {field} {value} is not one of {', '.join(known)}")
+        if "position" in clause:
+            position = clause["position"]
+            pair = isinstance(position, list) and len(position) == 2
+            earlier = pair and type(position[1]) is int and 0 <= position[1] < number
+            wanted = f"[one of {', '.join(RELATIONS)}; index of an earlier clause]"
+            good = earlier and position[0] in RELATIONS
+            require(good, f"{where}: position {position} must be {wanted}")
 
-    def core_spans(self, prompt: str) -> list[tuple[int, int]]:
+    def core_spans(self, prompt):
         """The object, colour, number and position words of the prompt's metadata."""
         words = set()
         for clause in self.metadata[prompt]["include"]:
-            words |= {clause["class"], plural(clause["class"]), clause.get("color"), NUMBERS.get(clause["count"]), clause.get("position", [None])[0]}
-        pattern = "|".join(re.escape(word) for word in sorted(words - {None}, key=len, reverse=True))
+            name = clause["class"]
+            words |= {name, plural(name), name + ("es" if name[-1] == "s" else "s")}
+            words |= {NUMBERS.get(clause["count"]), clause.get("color")}
+            words.add(clause.get("position", [None])[0])
+        words = sorted(words - {None}, key=len, reverse=True)  # the last s-form is the benchmark's
+        pattern = "|".join(map(re.escape, words))
         return [match.span() for match in re.finditer(rf"\b({pattern})\b", prompt)]
 
     def load(self, device):
-        self.detector_processor = AutoImageProcessor.from_pretrained(self.model_names[0])
-        self.detector = Segmenter.from_pretrained(self.model_names[0]).to(device).eval()
-        self.clip_processor = AutoProcessor.from_pretrained(self.model_names[1])
-        self.clip = CLIPModel.from_pretrained(self.model_names[1]).to(device).eval()
+        size = dict(size=DETECTOR_SIZE) if self.coco else {}
+        self.detector_processor = load_processor(AutoImageProcessor, self.models[0], **size)
+        self.detector = load_model(Segmenter, self.models[0], device)
+        self.clip_processor = load_processor(AutoProcessor, self.models[1])
+        self.clip = load_model(CLIPModel, self.models[1], device)
 
     @torch.inference_mode()
-    def detect(self, images: list, batch_size: int = 16) -> list[dict[str, list[Detection]]]:
-        """Per picture and class, at most 16 objects of more than 0.3 confidence, the most confident first."""
-        results = []
+    def detect(self, images):
+        """Per image and class, at most 16 objects of more than 0.3 confidence, best first."""
+        results, batch_size = [], 4 if self.coco else 16  # the real detector sees 800 pixels
+        processor = self.detector_processor
         for start in range(0, len(images), batch_size):
-            batch = images[start:start + batch_size]
-            pixels = self.detector_processor(images=batch, return_tensors="pt").pixel_values.to(self.detector.device)
-            processed = self.detector_processor.post_process_instance_segmentation(
-                self.detector(pixels), threshold=CONFIDENCE, target_sizes=[image.size[::-1] for image in batch], return_binary_maps=True)
+            batch = images[start : start + batch_size]
+            pixels = processor(images=batch, return_tensors="pt").pixel_values
+            processed = processor.post_process_instance_segmentation(
+                self.detector(pixels.to(self.detector.device)),
+                threshold=CONFIDENCE,
+                target_sizes=[image.size[::-1] for image in batch],
+                return_binary_maps=True,
+            )
             for one in processed:
                 found = {}
                 for mask, segment in zip(one["segmentation"], one["segments_info"]):
-                    rows, columns = (mask > 0).cpu().nonzero(as_tuple=True)
-                    box = (columns.min().item(), rows.min().item(), columns.max().item() + 1, rows.max().item() + 1)
-                    found.setdefault(self.labels[segment["label_id"]], []).append(Detection(segment["score"], box, mask.cpu() > 0))
-                results.append({name: sorted(objects, key=lambda o: -o.confidence)[:MOST_OBJECTS] for name, objects in found.items()})
+                    mask = mask.cpu() > 0
+                    y, x = mask.nonzero(as_tuple=True)
+                    box = tuple(map(int, (x.min(), y.min(), x.max() + 1, y.max() + 1)))
+                    objects = found.setdefault(self.labels[segment["label_id"]], [])
+                    objects.append(Detection(segment["score"], box, mask))
+                for objects in found.values():
+                    objects.sort(key=lambda one: -one.confidence)
+                    del objects[MOST_OBJECTS:]
+                results.append(found)
         return results
 
     @torch.inference_mode()
-    def colours(self, image, objects: list[Detection], name: str) -> list[str]:
-        """The colour of each object, cut out by its mask on grey: the nearest of the benchmark's colour prompts by CLIP."""
-        cut = [Image.composite(image, Image.new("RGB", image.size, "#999"), Image.fromarray(o.mask.numpy())).crop(o.box) for o in objects]
-        return [COLOURS[index] for index in (self.clip_images(cut) @ self.colour_prompts(name).T).argmax(-1).tolist()]
+    def colours(self, image, objects, name):
+        """The colour of each object, cut out on grey: the nearest of the colour prompts by CLIP."""
+        grey, cut = Image.new("RGB", image.size, "#999"), []
+        for one in objects:
+            mask = Image.fromarray(one.mask.numpy())
+            cut.append(Image.composite(image, grey, mask).crop(one.box))
+        pixels = self.clip_processor(images=cut, return_tensors="pt").to(self.clip.device)
+        similarity = unit(self.clip.get_image_features(**pixels)) @ self.colour_prompts(name).T
+        return [COLOURS[index] for index in similarity.argmax(-1).tolist()]
 
-    def colour_prompts(self, name: str) -> torch.Tensor:
+    def colour_prompts(self, name):
         """Per colour, the mean of the three official prompts' directions, [10, D]."""
-        texts = [prompt.format(colour=colour, name=name) for colour in COLOURS for prompt in COLOUR_PROMPTS]
-        inputs = self.clip_processor(text=texts, padding=True, truncation=True, return_tensors="pt").to(self.clip.device)
-        return unit(unit(self.clip.get_text_features(**inputs)).view(len(COLOURS), 3, -1).mean(1))
+        texts = [text.format(colour=c, name=name) for c in COLOURS for text in COLOUR_PROMPTS]
+        inputs = self.clip_processor(text=texts, padding=True, truncation=True, return_tensors="pt")
+        features = unit(self.clip.get_text_features(**inputs.to(self.clip.device)))
+        return unit(features.view(len(COLOURS), 3, -1).mean(1))
 
-    def clip_images(self, images: list) -> torch.Tensor:
-        return unit(self.clip.get_image_features(**self.clip_processor(images=images, return_tensors="pt").to(self.clip.device)))
-
-    def verdicts(self, images: list, prompts: list[str]) -> list[tuple[bool, float]]:
-        """`judge` of each picture; counting trusts only objects of more than 0.9 confidence."""
+    def verdicts(self, images, prompts):
+        """`judge` of each image. Counting trusts only objects of more than 0.9 confidence."""
         verdicts = []
         for image, prompt, found in zip(images, prompts, self.detect(images)):
             metadata = self.metadata[prompt]
             least = COUNTING_CONFIDENCE if metadata["tag"] == "counting" else CONFIDENCE
-            found = {name: [o for o in objects if o.confidence > least] for name, objects in found.items()}
-            verdicts.append(judge(found, metadata, lambda objects, name: self.colours(image, objects, name)))
+            for name, objects in found.items():
+                found[name] = [one for one in objects if one.confidence > least]
+            colours_of = functools.partial(self.colours, image)
+            verdicts.append(judge(found, metadata, colours_of))
         return verdicts
 
-    def reward(self, images: list, prompts: list[str]) -> torch.Tensor:
-        """The graded verdict of each picture, in [0, 1]; see `judge`."""
-        return torch.tensor([credit for _, credit in self.verdicts(images, prompts)])
+    def reward(self, images, prompts):
+        """The graded verdict of each image, in [0, 1]; see `judge`."""
+        return [credit for _, credit in self.verdicts(images, prompts)]
 
-    def report(self, images: list, prompts: list[str]) -> dict[str, float]:
-        """The benchmark's own score: per category the share of strictly correct pictures, and the mean over categories."""
+    def report(self, images, prompts):
+        """The benchmark's score: per category the share of correct images, and their mean."""
         strict = {}
         for prompt, (correct, _) in zip(prompts, self.verdicts(images, prompts)):
             strict.setdefault(self.metadata[prompt]["tag"], []).append(correct)
-        shares = {f"strict {tag}": sum(values) / len(values) for tag, values in sorted(strict.items())}
+        shares = {f"strict {tag}": sum(each) / len(each) for tag, each in sorted(strict.items())}
         return shares | {"strict GenEval": sum(shares.values()) / len(shares)}
 
 
-def unit(features) -> torch.Tensor:
-    """CLIP's features as directions [N, D]. Transformers returns them bare or, since version 5, in an output object."""
-    return F.normalize(getattr(features, "pooler_output", features).float(), dim=-1)
+def unit(features):
+    """CLIP's features as directions [N, D]. Transformers 5 returns them in an output object."""
+    return F.normalize(features.pooler_output.float(), dim=-1)
 
 
-# ------------------------------------------------------------------------------------------------------------- PickScore
-
+# ---------------------------------------------------------------------------------------- PickScore
 class PickScore(Task):
-    """Please people: PickScore (Kirstain et al. 2023) is a CLIP trained on which of two pictures people prefer for a prompt.
+    """Please people: a CLIP trained on which of two images people prefer (Kirstain et al. 2023).
 
-    The reward is its logit scale times the cosine of picture and prompt, about 20 to 24 for the real model. `model`: the
-    CLIP model, then after a comma the name that its processor is taken from where that is another one.
+    The reward is its logit scale times the cosine of image and prompt, about 20 to 24 for the real
+    model. `model`: the CLIP model, then after a comma the name of its processor if that is another.
     """
+
     own_models = ("clip",)
-    scale = 26.0        # as in Flow-GRPO, so that mixed rewards are of one size
+    real_models = ("yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K")
+    scale = 26.0  # as in Flow-GRPO, so that mixed rewards are of one size
 
     def load(self, device):
-        self.processor = AutoProcessor.from_pretrained(self.model_names[-1])
-        self.clip = CLIPModel.from_pretrained(self.model_names[0]).to(device).eval()
+        self.processor = load_processor(AutoProcessor, self.models[-1])
+        self.clip = load_model(CLIPModel, self.models[0], device)
 
     @torch.inference_mode()
-    def reward(self, images: list, prompts: list[str], batch_size: int = 32) -> torch.Tensor:
-        """Logit scale times cosine of each picture with its prompt, [len(images)]."""
-        scores = []
+    def reward(self, images, prompts, batch_size=32):
+        """Logit scale times cosine of each image with its prompt, [len(images)]."""
+        rewards, clip = [], self.clip
         for start in range(0, len(images), batch_size):
             part = slice(start, start + batch_size)
-            inputs = self.processor(images=images[part], text=prompts[part], padding=True, truncation=True, return_tensors="pt").to(self.clip.device)
-            pictures, texts = unit(self.clip.get_image_features(inputs.pixel_values)), unit(self.clip.get_text_features(inputs.input_ids, inputs.attention_mask))
-            scores.append((self.clip.logit_scale.exp() * (pictures * texts).sum(-1)).cpu())
-        return torch.cat(scores)
+            inputs = self.processor(
+                images=images[part],
+                text=prompts[part],
+                padding=True,
+                truncation=True,
+                return_tensors="pt",
+            ).to(clip.device)
+            images_of = unit(clip.get_image_features(inputs.pixel_values))
+            texts_of = unit(clip.get_text_features(inputs.input_ids, inputs.attention_mask))
+            rewards.append(clip.logit_scale.exp() * (images_of * texts_of).sum(-1))
+        return torch.cat(rewards)
 
 
-# --------------------------------------------------------------------------------------------------- choosing and mixing
-
+# ------------------------------------------------------------------------------ Choosing and mixing
 TASKS = {"ocr": OCR, "geneval": GenEval, "pickscore": PickScore}
 
 
 class Mixture(Task):
-    """Several rewards for the same prompts: the mean of reward / scale, by the given weights. All core words count."""
+    """Several rewards for the same prompts: the weighted mean of reward / scale."""
 
-    def __init__(self, tasks: list, weights: list[float]):
+    def __init__(self, tasks, weights):
         self.tasks, self.weights = tasks, [weight / sum(weights) for weight in weights]
         self.prompts, self.heldout_prompts = tasks[0].prompts, tasks[0].heldout_prompts
-        self.model_names = [name for task in tasks for name in task.model_names]
 
     def core_spans(self, prompt):
         return [span for task in self.tasks for span in task.core_spans(prompt)]
@@ -458,30 +597,32 @@ class Mixture(Task):
             task.load(device)
 
     def reward(self, images, prompts):
-        return sum(weight * task.reward(images, prompts) / task.scale for weight, task in zip(self.weights, self.tasks))
+        parts = zip(self.weights, self.tasks)
+        return sum(weight * scores(task, images, prompts) / task.scale for weight, task in parts)
 
     def report(self, images, prompts):
-        return {type(task).__name__: task.reward(images, prompts).mean().item() for task in self.tasks}
+        return {type(task).__name__: scores(task, images, prompts).mean() for task in self.tasks}
 
 
-def task_class(name: str):
-    """The class behind `ocr`, `geneval`, `pickscore` or FILE.py:CLASS. Raises ValueError with one sentence."""
+def task_class(name):
+    """The class behind `ocr`, `geneval`, `pickscore` or FILE.py:CLASS."""
     if name in TASKS:
         return TASKS[name]
-    file, separator, wanted = name.rpartition(":")
-    if not separator or not file.endswith(".py"):
-        raise ValueError(f"--task {name} is not known; choose {', '.join(TASKS)}, your own FILE.py:CLASS, or a mixture such as ocr:0.7,pickscore:0.3.")
-    if not Path(file).is_file():
-        raise ValueError(f"--task {name}: there is no file {file}.")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(spec)
+    file, _, wanted = name.rpartition(":")
+    choices = "ocr, geneval, pickscore, FILE.py:CLASS or a mix such as ocr:0.7,pickscore:0.3"
+    require(file.endswith(".py"), f"--task {name} is not known; choose {choices}")
+    require(Path(file).is_file(), f"--task {name}: there is no file {file}")
+    sys.path.append(str(Path(file).resolve().parent))  # its helper modules
+    spec = importlib.util.spec_from_file_location("own_task", file)
+    module = sys.modules["own_task"] = importlib.util.module_from_spec(spec)  # dataclasses look
     spec.loader.exec_module(module)
-    if not hasattr(module, wanted):
-        raise ValueError(f"--task {name}: there is no class {wanted} in {file}.")
-    return getattr(module, wanted)
+    task = getattr(module, wanted, None)
+    good = isinstance(task, type) and issubclass(task, Task) and hasattr(task, "reward")
+    require(good, f"--task {name}: {wanted} must be a subclass of rewards.Task with a reward")
+    return task
 
 
-def parts_of(description: str) -> list[tuple[str, float]]:
+def parts_of(description):
     """--task as (name, weight) pairs: `ocr` is [("ocr", 1)], `ocr:0.7,pickscore:0.3` has two."""
     parts = []
     for part in description.split(","):
@@ -491,22 +632,24 @@ def parts_of(description: str) -> list[tuple[str, float]]:
     return parts
 
 
-def make_task(description: str, prompts: str = None, heldout_prompts: str = None, models: list = ()):
-    """The task that --task describes; several names share the prompts of the first. Raises ValueError, one sentence.
+def make_task(description, prompts=None, heldout_prompts=None, models=None, full_size=False):
+    """The task that --task describes. Several share the prompts of the first.
 
-    `models`: one entry per name, None for the task's own.
+    `models`: names separated by semicolons, one entry per task; empty for the task's own.
     """
     parts = parts_of(description)
-    if min(weight for _, weight in parts) < 0 or sum(weight for _, weight in parts) <= 0:
-        raise ValueError(f"--task {description}: the weights must be 0 or more and their sum above 0.")
-    if len(models) > len(parts):
-        raise ValueError(f"--reward-model names models for {len(models)} tasks, separated by semicolons, but --task {description} has {len(parts)}.")
+    models = models.split(";") if models else []
+    weights = [weight for _, weight in parts]
+    good = min(weights) >= 0 and sum(weights) > 0
+    require(good, f"--task {description}: weights must be 0 or more and their sum above 0")
+    fit = f"--reward-model is for {len(models)} tasks, but --task {description} has {len(parts)}"
+    require(len(models) <= len(parts), fit)
     tasks = []
     for (name, _), model in itertools.zip_longest(parts, models):
-        tasks.append(task_class(name)(prompts, heldout_prompts, model))
+        tasks.append(task_class(name)(prompts, heldout_prompts, model, full_size))
         prompts, heldout_prompts = tasks[0].files
     if len(tasks) == 1:
         return tasks[0]
-    if any(task.prompts != tasks[0].prompts for task in tasks):
-        raise ValueError(f"--task {description}: give --prompts and --heldout-prompts that all of them can read.")
-    return Mixture(tasks, [weight for _, weight in parts])
+    same = all(task.prompts == tasks[0].prompts for task in tasks)
+    require(same, f"--task {description}: give --prompts and --heldout-prompts that all can read")
+    return Mixture(tasks, weights)
