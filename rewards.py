@@ -27,15 +27,8 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+import transformers
 from PIL import Image
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    CLIPModel,
-    Mask2FormerModel,
-)
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerPreTrainedModel
 
 TINY = Path(__file__).parent / "tiny"
@@ -65,15 +58,14 @@ def naming(subject):
 
 def load_model(kind, name, device):
     """A frozen model of class `kind`. Raises UserError if `name` holds another kind of model."""
-    with naming(f"reward model {name}"):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        wanted = getattr(kind, "config_class", type(config)).model_type
-        require(config.model_type == wanted, f"reward model {name} is not a {wanted} model")
-        model = kind.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
-        return model.to(device).eval().requires_grad_(False)
+    config = load_part(transformers.AutoConfig, name)
+    wanted = getattr(kind, "config_class", type(config)).model_type
+    require(config.model_type == wanted, f"reward model {name} is not a {wanted} model")
+    model = load_part(kind, name, use_safetensors=True)
+    return model.to(device).eval().requires_grad_(False)
 
 
-def load_processor(kind, name, **options):
+def load_part(kind, name, **options):
     with naming(f"reward model {name}"):
         return kind.from_pretrained(name, trust_remote_code=False, **options)
 
@@ -126,14 +118,15 @@ class Task:
     scale = 1.0
 
     def __init__(self, prompts=None, heldout_prompts=None, model=None, full_size=False):
-        own, models = self.own_prompts, [str(TINY / name) for name in self.own_models]
-        if full_size:
-            own, models = "real_ocr", self.real_models
-        folder = TINY / "prompts"
-        self.files = [prompts or folder / f"{own}.txt"]
-        self.files += [heldout_prompts or folder / f"{own}_heldout.txt"]
+        own = TINY / "prompts" / ("real_ocr" if full_size else self.own_prompts)
+        self.files = [prompts or f"{own}.txt", heldout_prompts or f"{own}_heldout.txt"]
         self.prompts, self.heldout_prompts = map(self.read, self.files)
-        self.models = str(model).split(",") if model else models
+        self.models = self.choose_models(model, full_size)
+
+    def choose_models(self, model, full_size):
+        if model:
+            return str(model).split(",")
+        return self.real_models if full_size else [str(TINY / name) for name in self.own_models]
 
     def read(self, file):
         return [prompt for _, prompt in read_prompts(file)]
@@ -208,8 +201,8 @@ class OCR(Task):
         return quoted_span(prompt)
 
     def load(self, device):
-        self.processor = load_processor(AutoProcessor, self.models[0])
-        self.reader = load_model(AutoModelForImageTextToText, self.models[0], device)
+        self.processor = load_part(transformers.AutoProcessor, self.models[0])
+        self.reader = load_model(transformers.AutoModelForImageTextToText, self.models[0], device)
 
     @torch.inference_mode()
     def transcribe(self, images, batch_size=32):
@@ -372,7 +365,7 @@ class Segmenter(Mask2FormerPreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
-        self.model = Mask2FormerModel(config)
+        self.model = transformers.Mask2FormerModel(config)
         self.class_predictor = torch.nn.Linear(config.hidden_dim, config.num_labels + 1)
         self.post_init()
 
@@ -393,25 +386,20 @@ class GenEval(Task):
 
     own_prompts = "geneval"
     own_models = ("detector", "clip")
-    real_models = (
-        "facebook/mask2former-swin-small-coco-instance",
-        "openai/clip-vit-large-patch14",
-    )
+    real_models = ("facebook/mask2former-swin-small-coco-instance", "openai/clip-vit-large-patch14")
 
     def __init__(self, prompts=None, heldout_prompts=None, model=None, full_size=False):
-        self.models = [str(TINY / name) for name in self.own_models]
-        real = model or full_size
-        if real:
-            self.models = str(model).split(",") if model else self.real_models
+        self.models = self.choose_models(model, full_size)
         require(len(self.models) == 2, f"--reward-model {model}: geneval needs DETECTOR,CLIP")
-        with naming(f"reward model {self.models[0]}"):
-            config = AutoConfig.from_pretrained(self.models[0], trust_remote_code=False)
-        labels = list(config.id2label.values())
+        labels = list(load_part(transformers.AutoConfig, self.models[0]).id2label.values())
         self.coco = len(labels) == len(COCO)  # COCO detectors differ in spelling, not in order
         self.labels = COCO if self.coco else labels
-        own = [TINY / "prompts" / name for name in ("geneval.jsonl", "geneval_heldout.jsonl")]
-        own, made = ([None, None], geneval_prompts(self.labels, 2200)) if real else (own, [])
-        self.files = [prompts or own[0], heldout_prompts or own[1]]
+        self.files, made = [prompts, heldout_prompts], []
+        if model or full_size:
+            made = geneval_prompts(self.labels, 2200)
+        else:
+            own = (TINY / "prompts/geneval.jsonl", TINY / "prompts/geneval_heldout.jsonl")
+            self.files = [file or own_file for file, own_file in zip(self.files, own)]
         parts = zip(self.files, (made[:-200], made[-200:]))
         parts = [self.read(file) if file else part for file, part in parts]
         self.metadata = {record["prompt"]: record for record in parts[0] + parts[1]}
@@ -435,18 +423,13 @@ class GenEval(Task):
         count, colour = clause.get("count"), clause.get("color", "red")
         whole = type(count) is int and count >= 1
         require(whole, f"{where}: count {count} must be a whole number of 1 or more")
-        for field, value, known in (
-            ("class", clause.get("class"), self.labels),
-            ("color", colour, COLOURS),
-        ):
-            require(value in known, f"{where}: {field} {value} is not one of {', '.join(known)}")
-        if "position" in clause:
-            position = clause["position"]
-            pair = isinstance(position, list) and len(position) == 2
-            earlier = pair and type(position[1]) is int and 0 <= position[1] < number
-            wanted = f"[one of {', '.join(RELATIONS)}; index of an earlier clause]"
-            good = earlier and position[0] in RELATIONS
-            require(good, f"{where}: position {position} must be {wanted}")
+        for value, known in ((clause.get("class"), self.labels), (colour, COLOURS)):
+            require(value in known, f"{where}: {value} is not one of {', '.join(known)}")
+        position = json.dumps(clause.get("position"))  # as text, where true and 1.0 are not 1
+        possible = [json.dumps([relation, i]) for relation in RELATIONS for i in range(number)]
+        wanted = f"[one of {', '.join(RELATIONS)}; index of an earlier clause]"
+        good = "position" not in clause or position in possible
+        require(good, f"{where}: position {position} must be {wanted}")
 
     def core_spans(self, prompt):
         """The object, colour, number and position words of the prompt's metadata."""
@@ -462,10 +445,11 @@ class GenEval(Task):
 
     def load(self, device):
         size = dict(size=DETECTOR_SIZE) if self.coco else {}
-        self.detector_processor = load_processor(AutoImageProcessor, self.models[0], **size)
+        kind = transformers.AutoImageProcessor
+        self.detector_processor = load_part(kind, self.models[0], **size)
         self.detector = load_model(Segmenter, self.models[0], device)
-        self.clip_processor = load_processor(AutoProcessor, self.models[1])
-        self.clip = load_model(CLIPModel, self.models[1], device)
+        self.clip_processor = load_part(transformers.AutoProcessor, self.models[1])
+        self.clip = load_model(transformers.CLIPModel, self.models[1], device)
 
     @torch.inference_mode()
     def detect(self, images):
@@ -475,13 +459,10 @@ class GenEval(Task):
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
             pixels = processor(images=batch, return_tensors="pt").pixel_values
-            processed = processor.post_process_instance_segmentation(
-                self.detector(pixels.to(self.detector.device)),
-                threshold=CONFIDENCE,
-                target_sizes=[image.size[::-1] for image in batch],
-                return_binary_maps=True,
-            )
-            for one in processed:
+            output = self.detector(pixels.to(self.detector.device))
+            options = dict(threshold=CONFIDENCE, return_binary_maps=True)
+            options["target_sizes"] = [image.size[::-1] for image in batch]
+            for one in processor.post_process_instance_segmentation(output, **options):
                 found = {}
                 for mask, segment in zip(one["segmentation"], one["segments_info"]):
                     mask = mask.cpu() > 0
@@ -539,8 +520,8 @@ class GenEval(Task):
 
 
 def unit(features):
-    """CLIP's features as directions [N, D]. Transformers 5 returns them in an output object."""
-    return F.normalize(features.pooler_output.float(), dim=-1)
+    """Directions [N, D] of features, a tensor or the object in which CLIP returns them."""
+    return F.normalize(getattr(features, "pooler_output", features).float(), dim=-1)
 
 
 # ---------------------------------------------------------------------------------------- PickScore
@@ -556,22 +537,18 @@ class PickScore(Task):
     scale = 26.0  # as in Flow-GRPO, so that mixed rewards are of one size
 
     def load(self, device):
-        self.processor = load_processor(AutoProcessor, self.models[-1])
-        self.clip = load_model(CLIPModel, self.models[0], device)
+        self.processor = load_part(transformers.AutoProcessor, self.models[-1])
+        self.clip = load_model(transformers.CLIPModel, self.models[0], device)
 
     @torch.inference_mode()
     def reward(self, images, prompts, batch_size=32):
         """Logit scale times cosine of each image with its prompt, [len(images)]."""
         rewards, clip = [], self.clip
+        options = dict(padding=True, truncation=True, return_tensors="pt")
         for start in range(0, len(images), batch_size):
             part = slice(start, start + batch_size)
-            inputs = self.processor(
-                images=images[part],
-                text=prompts[part],
-                padding=True,
-                truncation=True,
-                return_tensors="pt",
-            ).to(clip.device)
+            inputs = self.processor(images=images[part], text=prompts[part], **options)
+            inputs = inputs.to(clip.device)
             images_of = unit(clip.get_image_features(inputs.pixel_values))
             texts_of = unit(clip.get_text_features(inputs.input_ids, inputs.attention_mask))
             rewards.append(clip.logit_scale.exp() * (images_of * texts_of).sum(-1))

@@ -17,11 +17,13 @@ reward is about, and gives those positions a larger share of the advantage (`Att
 `allocation_weights`). Only the abstract of STAR is public: the details are this project's own.
 
 Read from top to bottom and skim the arguments. Shapes: B images, C channels, H x W latent
-positions, h x w image tokens, T denoising steps of which S are trained, L text tokens, D features,
-K prompts with G images each. k is a step and p a position. sigma is the noise level: it falls from
-1 (noise) to 0 (image).
+positions, h x w image tokens, T denoising steps of which S are stochastic and trained, L text
+tokens, D features (d per attention head), K prompts with G images each. Symbols: x latents, v the
+model's velocity, k a step, p a position, m a map, w weights, r a reward, A an advantage, and sigma
+the noise level, which falls from 1 (noise) to 0 (image).
 """
 
+import argparse
 import copy
 import json
 import math
@@ -34,9 +36,9 @@ import textwrap
 import time
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 import diffusers
 import torch
@@ -53,55 +55,55 @@ from rewards import UserError, make_task, naming, require, scores
 
 
 # ---------------------------------------------------------------------------------------- Arguments
-def arg(default, help):
-    return field(default=default, metadata={"help": help})
+def arg(default, help, low=1, high=10**6):  # the bounds of numbers; most are counts
+    return field(default=default, metadata=dict(help=help, low=low, high=high))
 
 
 @dataclass
 class Arguments:
-    """The defaults suit the miniature on a CPU. FULL_SIZE has those for real models."""
+    """These defaults suit the small model in tiny/ on a CPU; FULL_SIZE those for real models."""
 
     # the run
     task: str = arg("ocr", "ocr, geneval, pickscore, FILE.py:CLASS or a mix: ocr:0.7,pickscore:0.3")
     model: str = arg("tiny/sd3", "folder or hub name of a Stable Diffusion 3 pipeline")
-    reward_model: str = arg(None, "model for the reward: comma within a task, semicolon between")
+    reward_model: str = arg(None, "models for the reward: commas within a task, semicolons between")
     prompts: str = arg(None, "file with one training prompt per line; each task has its own")
     heldout_prompts: str = arg(None, "the same for evaluation")
     out: str = arg(None, "output folder; runs/TASK-ALLOCATION-SEED if not given")
     resume: bool = arg(False, "continue the run in the output folder")
-    seed: int = arg(0, "seed of prompts and noise")
+    seed: int = arg(0, "seed of prompts and noise", 0, 2**32)
     iterations: int = arg(20, "iterations of sampling and updating")
     evaluate_every: int = arg(2, "iterations between evaluations")
     evaluation_prompts: int = arg(96, "held-out prompts per evaluation, one image each")
     save_every: int = arg(10, "iterations between checkpoints")
     # allocation
     allocation: Literal["uniform", "spatial", "spatiotemporal"] = arg("spatial", "how to allocate")
-    lam: float = arg(1.0, "strength of the allocation, from 0 (uniform) to 1")
+    lam: float = arg(1.0, "strength of the allocation, from 0 (uniform) to 1", 0, 1)
     # sampling
     prompts_per_iteration: int = arg(6, "K, prompts per iteration")
-    group_size: int = arg(16, "G, images per prompt")
+    group_size: int = arg(16, "G, images per prompt", 2)
     batch_size: int = arg(48, "images per forward pass; must divide K * G")
     height: int = arg(None, "height and width in pixels; as the model was trained if not given")
     steps: int = arg(10, "T, denoising steps in training")
     evaluation_steps: int = arg(10, "denoising steps in evaluation")
     stochastic_steps: int = arg(3, "S, consecutive steps that are stochastic and trained")
     stochastic_range: str = arg("0-3", "first and last step that may be stochastic")
-    noise_level: float = arg(0.7, "a, noise of a stochastic step")
-    guidance_scale: float = arg(1.0, "classifier-free guidance, in training too; 1 is none")
+    noise_level: float = arg(0.7, "a, noise of a stochastic step", 1e-3, 10)
+    guidance_scale: float = arg(1.0, "classifier-free guidance, in training too; 1 is none", 0)
     same_noise: bool = arg(True, "start all images of a group from the same noise")
     t5: bool = arg(True, "use the third and largest text encoder")
     max_sequence_length: int = arg(24, "T5 tokens per prompt")
     # update
     updates_per_iteration: int = arg(1, "optimizer steps; from the second on, ratios leave 1")
     optimizer: Literal["adamw", "adafactor"] = arg("adamw", "adafactor needs almost no memory")
-    learning_rate: float = arg(2e-4, "learning rate")
-    weight_decay: float = arg(1e-4, "weight decay")
-    max_gradient_norm: float = arg(1.0, "clip gradients to this norm")
-    clip_range: float = arg(2e-2, "eps, how far a ratio may leave 1")
-    advantage_clip: float = arg(5.0, "clip advantages to plus and minus this")
+    learning_rate: float = arg(2e-4, "learning rate", 1e-12)
+    weight_decay: float = arg(1e-4, "weight decay", 0)
+    max_gradient_norm: float = arg(1.0, "clip gradients to this norm", 1e-9, 1e9)
+    clip_range: float = arg(2e-2, "eps, how far a ratio may leave 1", 1e-9)
+    advantage_clip: float = arg(5.0, "clip advantages to plus and minus this", 1e-9)
     global_std: bool = arg(False, "divide advantages by the std of all rewards, not of the group")
-    kl_weight: float = arg(0.0, "beta, KL penalty towards the starting weights; 0 is none")
-    ema_decay: float = arg(0.0, "decay of the weights' moving average; 0 is none")
+    kl_weight: float = arg(0.0, "beta, KL penalty towards the starting weights; 0 is none", 0)
+    ema_decay: float = arg(0.0, "decay of the weights' moving average; 0 is none", 0, 0.999999)
     # machine
     device: Literal["cpu", "cuda"] = arg("cuda" if torch.cuda.is_available() else "cpu", "device")
     bfloat16: bool = arg(torch.cuda.is_available(), "bfloat16 autocast; the weights stay float32")
@@ -109,29 +111,22 @@ class Arguments:
     low_memory: bool = arg(False, "other defaults for a small GPU (LOW_MEMORY); rewards on the CPU")
 
 
-# Defaults for SD3 Medium, SD3.5 Medium and SD3.5 Large on one GPU. F marks Flow-GRPO's published
+# Defaults for SD3 Medium, SD3.5 Medium and SD3.5 Large on one GPU. [F] marks Flow-GRPO's published
 # settings, the others are ours and untuned. rewards.py names the models that score real images.
 # fmt: off
 FULL_SIZE = dict(
-    height=512, evaluation_steps=40, guidance_scale=4.5,     # F
-    group_size=24, same_noise=False, global_std=True,        # F
-    stochastic_range="0-4",     # F's fast variant: a window of 3 steps in the first half
-    clip_range=6e-3,            # F: 1e-4 for one ratio per image, see `star_loss`
-    learning_rate=1e-5,         # F: 3e-4 for LoRA; training all parameters needs far less
-    ema_decay=0.99,             # F: 0.9 after every eighth update, about the same
-    kl_weight=0.04,             # F, whose KL has 2 s^2 where ours has 2 std^2: theirs is weaker
+    height=512, evaluation_steps=40, guidance_scale=4.5,     # [F]
+    group_size=24, same_noise=False, global_std=True,        # [F]
+    stochastic_range="0-4",     # [F] fast variant: a window of 3 steps in the first half
+    clip_range=6e-3,            # [F] 1e-4 for one ratio per image and step, see `star_loss`
+    learning_rate=1e-5,         # [F] 3e-4 for LoRA; training all parameters needs far less
+    ema_decay=0.99,             # [F] 0.9 after every eighth update, about the same
+    kl_weight=0.04,             # [F] but divided by s^2; we divide by std^2, so ours is stronger
     prompts_per_iteration=8, batch_size=8, max_sequence_length=256, gradient_checkpointing=True,
     iterations=500, evaluate_every=20, save_every=20,
 )
-FULL_SIZE_PICKSCORE = dict(kl_weight=0.01)                   # F
+FULL_SIZE_PICKSCORE = dict(kl_weight=0.01)                   # [F]
 LOW_MEMORY = dict(batch_size=1, gradient_checkpointing=True, optimizer="adafactor")
-# The least and the largest value of a number. The others are counts from 1 to a million.
-BOUNDS = dict(
-    seed=(0, 2**32), group_size=(2, 10**6), lam=(0, 1), noise_level=(1e-3, 10),
-    guidance_scale=(0, 100), learning_rate=(1e-12, 1e6), weight_decay=(0, 1),
-    max_gradient_norm=(1e-9, 1e9), clip_range=(1e-9, 1e9), advantage_clip=(1e-9, 1e9),
-    kl_weight=(0, 1e9), ema_decay=(0, 0.999999),
-)
 # fmt: on
 
 
@@ -139,9 +134,10 @@ BOUNDS = dict(
 def core_tokens_of(pipeline, prompts, spans, max_sequence_length):
     """Which text tokens belong to the core words of each prompt: bool [B, L].
 
-    `spans` has a list of (start, end) characters per prompt. SD3's context is the CLIP tokens (its
-    two CLIP encoders share positions) followed by the T5 tokens. A token is core if its characters
-    overlap a span. Without T5 that part of the context is zeros, and never core.
+    spans: per prompt, a list of (start, end) characters. SD3's context is the CLIP tokens (its two
+    CLIP encoders share positions) followed by the T5 tokens. A token is core if its characters
+    overlap a span; special and padding tokens have none. Without T5 that part of the context is
+    zeros, and never core.
     """
     clip, t5 = pipeline.tokenizer, pipeline.tokenizer_3
     options = dict(padding="max_length", truncation=True, return_offsets_mapping=True)
@@ -163,11 +159,12 @@ class AttentionAllocator:
     In SD3's joint blocks an image query has one softmax over [image; text] keys. The map is the
     part of it that falls on core tokens:
 
-        m[b, p] = mean over heads and blocks of  sum over core j of  softmax(q[p] . k / sqrt(d))[j]
+        a[p, j] = softmax over all tokens j of  query[p] . key[j] / sqrt(d)
+        m[b, p] = mean over heads and blocks of  the sum of a[p, j] over core tokens j
 
-    Attention computes sum_j softmax[j] * value[j]. With an indicator of the core tokens in place of
-    the values that sum is the map, so the fused kernel computes it and no [tokens, tokens] matrix
-    is ever stored. The block itself is untouched: its output stays the same to the last bit.
+    Attention computes the sum of a[p, j] * value[j]. With an indicator of the core tokens in place
+    of the values that sum is the map, so the fused kernel computes it and no [tokens, tokens]
+    matrix is ever stored. The block is untouched: its output stays the same to the last bit.
 
         with torch.no_grad(), AttentionAllocator(transformer, core_tokens) as allocator:
             transformer(...)
@@ -197,7 +194,7 @@ class AttentionAllocator:
         while self.hooks:
             self.hooks.pop().remove()
 
-    @torch.no_grad()  # otherwise the model could lower the loss by moving its attention
+    @torch.no_grad()  # the map is data, like the reward
     def record(self, attention, args, kwargs):
         image, text = kwargs["hidden_states"], kwargs["encoder_hidden_states"]
         batch, length = self.core_tokens.shape
@@ -232,11 +229,12 @@ def allocation_weights(maps, size, allocation="spatial", lam=1.0):
         spatiotemporal:  w[b, k, p] = (1 - lam) + lam * m[b, k, p] / mean over k and p of m[b]
 
     Mean 1 redistributes the advantage without increasing it. Unequal weights bias the gradient: it
-    no longer follows the expected reward exactly. We trade that for less noise. Where nothing
-    attends to core words (a prompt may have none) w = 1. For video: maps [B, S, f, h, w] and size
-    (F, H, W).
+    no longer follows the expected reward exactly. We trade that for less noise, since positions
+    that do not affect the reward only add variance. Where the reward is about more than the core
+    words, this hurts: use uniform. Where nothing attends to core words (a prompt may have none),
+    w = 1. For video: maps [B, S, f, h, w] and size (frames, H, W).
     """
-    maps = F.interpolate(maps.float(), size=size, mode="nearest")  # a token speaks for its patch
+    maps = F.interpolate(maps.float(), size=size, mode="nearest")  # the patch of a token shares m
     first = {"spatial": 2, "spatiotemporal": 1}[allocation]
     mean = maps.mean(dim=tuple(range(first, maps.dim())), keepdim=True)
     return (1 - lam) + lam * torch.where(mean == 0, 1.0, maps / mean)
@@ -248,20 +246,25 @@ def sde_step(latents, velocity, sigma, sigma_next, sigma_max, noise_level, noise
 
         s    = a * sqrt(sigma / (1 - sigma))          (sigma_max instead of sigma = 1)
         mean = x * (1 + s^2 / (2 sigma) * dt) + v * (1 + s^2 (1 - sigma) / (2 sigma)) * dt
+             = x + v * dt + s^2 / 2 * score * -dt
         std  = s * sqrt(-dt)
         x'   = mean + std * noise,    dt = sigma_next - sigma < 0
 
-    where x = (1 - sigma) * image + sigma * noise and v = dx / dsigma. Why noise? A deterministic
-    sampler has no probabilities for a policy gradient to raise. Why is the mean not x + v * dt?
-    Noise alone would spread x further than the model has seen in training. The extra drift along
-    the score, -(x + (1 - sigma) v) / sigma, contracts x by as much, so for small steps images are
-    distributed as before (with guidance, nearly). sigma_max, the schedule's second sigma, keeps s
-    finite at sigma = 1. a = 0 is the Euler step. Returns x', mean [B, C, H, W] and std, a float.
+    Why noise? A deterministic sampler has no probabilities for a policy gradient to raise. Why is
+    the mean not x + v * dt? Noise alone would spread x further than the model has seen in training.
+    A drift along the score, the gradient of log p(x), contracts x by as much. A flow has
+    x = (1 - sigma) * image + sigma * e with Gaussian e, and v estimates e - image. So
+    x + (1 - sigma) v estimates e, and the score is minus that over sigma. For small steps images
+    are then distributed as before (not exactly with guidance, whose v is no flow's velocity).
+    sigma_max, the schedule's second sigma, keeps s finite at sigma = 1. a = 0 is the Euler step.
+    Returns x', mean [B, C, H, W] and std, a float.
     """
     latents, velocity = latents.float(), velocity.float()
     dt = sigma_next - sigma
-    s = noise_level * math.sqrt(sigma / (1 - (sigma if sigma < 1 else sigma_max)))
-    x_scale, v_scale = 1 + s**2 / (2 * sigma) * dt, 1 + s**2 * (1 - sigma) / (2 * sigma)
+    below_one = sigma if sigma < 1 else sigma_max
+    s = noise_level * math.sqrt(sigma / (1 - below_one))
+    x_scale = 1 + s**2 / (2 * sigma) * dt
+    v_scale = 1 + s**2 * (1 - sigma) / (2 * sigma)
     mean = latents * x_scale + velocity * v_scale * dt
     std = s * math.sqrt(-dt)
     return mean + std * noise, mean, std
@@ -273,7 +276,7 @@ def position_log_prob(sample, mean, std):
         logp[b, p] = mean over channels of  log N(x'[b, :, p]; mean[b, :, p], std^2)
 
     The noise is independent across positions, so the density of the step factorizes exactly: every
-    position is a decision of its own. Averaging over positions gives Flow-GRPO's log-probability.
+    position is an action of its own. Averaging over positions gives Flow-GRPO's log-probability.
     The mean over channels (not the sum) is its convention too. So the ratio is the true ratio to
     the power 1/C, and at ratio 1 the gradient is 1/C of the true one. std is a float > 0, or a
     tensor [B, 1, 1, 1].
@@ -321,28 +324,35 @@ class Policy:
 @dataclass
 class Rollout:
     latents: torch.Tensor  # [B, T + 1, C, H, W], from pure noise to the finished image
-    log_prob: torch.Tensor  # [B, S, H, W] of the trained steps, None if there are none
-    maps: torch.Tensor  # [B, S, h, w] of the same steps, None without core_tokens
+    log_prob: torch.Tensor  # [B, S, H, W] of the stochastic steps, None if there are none
+    maps: torch.Tensor  # [B, S, h, w] of the recorded steps, None if there are none
 
 
 @torch.no_grad()
-def rollout(policy, latents, prompt, trained=(), generator=None, core_tokens=None):
-    """Sample images from noise [B, C, H, W]. Only the `trained` steps are stochastic."""
+def rollout(
+    policy, latents, prompt, stochastic=(), generator=None, core_tokens=None, recorded=None
+):
+    """Sample images from noise [B, C, H, W]; only the `stochastic` steps add noise.
+
+    With core_tokens, maps are recorded at the `recorded` steps, by default the stochastic ones.
+    """
     states, log_probs, maps = [latents], [], []
+    if recorded is None:
+        recorded = () if core_tokens is None else stochastic
     h, w = (side // policy.transformer.config.patch_size for side in latents.shape[-2:])
     for k in range(len(policy.sigmas) - 1):
-        if k not in trained:
-            latents, _, _ = policy.step(latents, k, prompt, stochastic=False)
-        else:
+        noise, allocator = 0.0, nullcontext()
+        if k in stochastic:  # drawn on the CPU: the same numbers on every device
             noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-            record = core_tokens is not None
-            allocator = AttentionAllocator(policy.transformer, core_tokens) if record else None
-            with allocator or nullcontext():
-                latents, mean, std = policy.step(latents, k, prompt, noise)
-            if record:
-                maps.append(allocator.map().unflatten(-1, (h, w)))
-            log_probs.append(position_log_prob(latents, mean, std))
+        if k in recorded:
+            allocator = AttentionAllocator(policy.transformer, core_tokens)
+        with allocator:
+            latents, mean, std = policy.step(latents, k, prompt, noise, k in stochastic)
         states.append(latents)
+        if k in stochastic:
+            log_probs.append(position_log_prob(latents, mean, std))
+        if k in recorded:
+            maps.append(allocator.map().unflatten(-1, (h, w)))
     return Rollout(*(torch.stack(x, dim=1) if x else None for x in (states, log_probs, maps)))
 
 
@@ -353,8 +363,8 @@ def group_advantages(rewards, global_std=False, clip=None, eps=1e-4):
         A[i, g] = (r[i, g] - mean over g of r[i]) / (std over g of r[i] + eps)
 
     Comparing images of the same prompt cancels its difficulty, so no value network is needed
-    (Flow-GRPO, "GRPO on Flow Matching"). A group of equal rewards teaches nothing: it gets 0, even
-    where rounding moves its mean.
+    (Flow-GRPO, "GRPO on Flow Matching"). A group of equal rewards teaches nothing: it gets 0, not
+    the rounding error of its mean. global_std divides by the std of all rewards instead.
     """
     equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
     std = rewards.std(dim=None if global_std else 1, keepdim=True, unbiased=False)
@@ -369,13 +379,14 @@ def star_loss(log_prob, old_log_prob, advantages, weights, clip_range):
         ratio[b, k, p] = exp(logp_new - logp_old)
         L = - mean over b, k, p of  w[b, k, p] * min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A)
 
-    The images were sampled by the old policy and are only informative near it: once a ratio is eps
-    further in the direction that A wants, the minimum is constant and its gradient is zero.
+    The images were sampled by the old policy and are only informative near it. Once a ratio has
+    moved by eps in the direction that A wants, the clipped term is the smaller one, and its
+    gradient is zero. Where it moved the wrong way, the other term is smaller and pulls it back.
 
     How does this differ from Flow-GRPO? With w = 1 the first gradient after a rollout, where every
-    ratio is 1, is the same. Later ones differ: Flow-GRPO clips one ratio per image, exp of the mean
-    over p, which spreads sqrt(H * W) times less than the ratio of one position, so eps must be
-    wider here. With one update per iteration, the default, every gradient is a first one.
+    ratio is 1, is the same. Later ones differ: Flow-GRPO clips one ratio per image and step, exp of
+    the mean over p. A mean over H * W positions spreads about sqrt(H * W) times less than one of
+    them, so eps must be wider here. With one update per iteration, the default, all are first ones.
 
     log_prob, old_log_prob, weights [B, S, H, W] or any shape that begins with B; advantages [B].
     Returns the loss, the ratios, and where the minimum is the clipped term. Raises ValueError for
@@ -395,7 +406,9 @@ def star_loss(log_prob, old_log_prob, advantages, weights, clip_range):
 def kl_to_reference(mean, reference_mean, std):
     """KL divergence from the reference policy, mean over channels: [B, C, H, W] -> [B, H, W].
 
-    Not weighted: positions share parameters, and only this holds the ones with little weight.
+        KL[b, p] = (mean - reference_mean)^2 / (2 std^2)          for Gaussians of equal std
+
+    Not weighted: all positions share the parameters, so those with a small w may drift, too.
     """
     return ((mean - reference_mean) ** 2 / (2 * std**2)).mean(1)
 
@@ -437,7 +450,7 @@ def decode(pipe, latents):
 
 
 class Trainer:
-    """What is loaded once, and what an iteration does with it."""
+    """The models and the optimizer; `iterate` is one round of sample, score and update."""
 
     def __init__(self, args, task):
         self.args, self.task = args, task
@@ -457,7 +470,7 @@ class Trainer:
         if args.ema_decay > 0:
             update = get_ema_multi_avg_fn(args.ema_decay)
             self.average = AveragedModel(transformer, "cpu", multi_avg_fn=update)
-            self.average.update_parameters(transformer)  # the first update only copies
+            self.average.update_parameters(transformer)  # the first call copies, later ones average
         transformer.to(args.device)
         if args.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
@@ -465,13 +478,13 @@ class Trainer:
         if args.optimizer == "adamw":  # fused needs no temporary copy of the weights
             options["fused"] = args.device == "cuda"
             self.optimizer = torch.optim.AdamW(parameters, args.learning_rate, **options)
-        else:  # eps[1] = 1: steps as long as the learning rate says
+        else:  # with eps[1] = 1 the learning rate means what it means for AdamW
             options["eps"] = (None, 1.0)
             self.optimizer = torch.optim.Adafactor(parameters, args.learning_rate, **options)
         scale = self.pipe.vae_scale_factor
         side = args.height // scale if args.height else transformer.config.sample_size
         self.shape = (transformer.config.in_channels, side, side)
-        options = dict(enabled=args.bfloat16, cache_enabled=False)  # no copy of all weights
+        options = dict(enabled=args.bfloat16, cache_enabled=False)  # no bfloat16 copies
         self.autocast = torch.autocast(args.device, torch.bfloat16, **options)
         self.empty_prompt = encode(self.pipe, [""], args.max_sequence_length)
 
@@ -508,7 +521,7 @@ class Trainer:
         policy = self.policy(transformer, args.steps, args.noise_level)
 
         # 1. Choose K prompts, and the S steps that are stochastic this time: few, since each costs
-        # a forward and a backward pass in the update.
+        # a forward and a backward pass in the update, and others next time.
         chosen = torch.randperm(len(self.task.prompts), generator=generator)[:K]
         prompts = [self.task.prompts[i] for i in chosen]
         first, last = step_range(args)
@@ -531,7 +544,8 @@ class Trainer:
         lap("rollout")
 
         # 3. Score them, and compare each with its group.
-        images = [image for b, _, _ in batches for image in decode(self.pipe, b.latents[:, -1])]
+        finished = [samples.latents[:, -1] for samples, _, _ in batches]
+        images = [image for latents in finished for image in decode(self.pipe, latents)]
         lap("decode")
         rewards = scores(self.task, images, [prompts[i] for i in group]).view(K, G)
         advantages = group_advantages(rewards, args.global_std, args.advantage_clip)
@@ -539,7 +553,9 @@ class Trainer:
         lap("reward")
 
         # 4. Make the actions behind the better images more likely, most of all at the core words.
-        if self.reference:
+        # The rollout kept no graph, so each step is computed again with the current weights: how
+        # likely is the action that was taken now?
+        if self.reference:  # all means at once, since it visits the device for them
             reference = replace(policy, transformer=self.reference)
             with on_device(args.device, self.reference), torch.no_grad(), self.autocast:
                 reference_means = [
@@ -562,7 +578,7 @@ class Trainer:
                     kl = kl_to_reference(mean, reference_means[number][j], std).mean()
                     loss = loss + args.kl_weight * kl
                     metrics["kl"].append(kl.detach())
-                (loss / (per_update * S)).backward()
+                (loss / (per_update * S)).backward()  # the mean over the update's batches and steps
                 metrics["ratio_mean"].append(ratio.mean())
                 metrics["clip_fraction"].append(clipped.float().mean())
             if (number + 1) % per_update == 0:
@@ -596,8 +612,8 @@ class Trainer:
         with on_device(args.device, *filter(None, [average])):
             for i in torch.arange(len(prompts)).split(args.batch_size):
                 prompt = (context[i], pooled[i])
-                with self.autocast:  # left before yield: it would leak into the caller
-                    samples = rollout(policy, start[i], prompt, recorded, generator, core[i])
+                with self.autocast:  # closed before yield: the caller must not run under it
+                    samples = rollout(policy, start[i], prompt, (), None, core[i], recorded)
                 yield samples
 
     def evaluate(self, prompts):
@@ -626,7 +642,7 @@ class Trainer:
         return tensors
 
     def save(self, path, history):
-        """Write a checkpoint."""
+        """Write a checkpoint. Random numbers depend on the iteration alone: no need to save them."""
         save_file(self.tensors(), path, metadata={"history": json.dumps(history)})
 
     @torch.no_grad()
@@ -635,14 +651,14 @@ class Trainer:
         with naming(f"checkpoint {path}"), safe_open(path, "pt") as file:
             for weight in self.transformer.parameters():
                 weight.grad = torch.zeros_like(weight)
-            self.optimizer.step()  # creates the optimizer's state; all values are replaced below
+            self.optimizer.step()  # creates the optimizer's state; every value is replaced below
             self.optimizer.zero_grad()
             for name, tensor in self.tensors().items():
                 tensor.copy_(file.get_tensor(name))
             return json.loads(file.metadata()["history"])
 
     def save_pipeline(self, path):
-        """Write a pipeline for plain diffusers, which loads whole ones only: T5 must be in it."""
+        """Write a complete pipeline; what was not loaded (T5 with --no-t5) comes from --model."""
         parts = {name: part for name, part in self.pipe.components.items() if part}
         if self.average:
             parts["transformer"] = self.average.module
@@ -673,14 +689,14 @@ def draw_maps(trainer, prompts):
     steps, tiles = trainer.args.steps, []
     batches = trainer.generate(prompts, steps, recorded=range(steps))
     rows = [row for samples in batches for row in zip(samples.latents, samples.maps)]
-    sigmas = trainer.pipe.scheduler.sigmas.tolist()
+    sigmas = trainer.policy(trainer.transformer, steps, 0.0).sigmas
     for prompt, (latents, maps) in zip(prompts, rows):
         for k in range(steps):
-            velocity = (latents[k + 1] - latents[k]) / (sigmas[k + 1] - sigmas[k])
+            velocity = (latents[k + 1] - latents[k]) / (sigmas[k + 1] - sigmas[k])  # no noise here
             (image,) = decode(trainer.pipe, (latents[k] - sigmas[k] * velocity)[None])
             red = (200 * maps[k] / maps[k].max().clamp_min(1e-8)).byte().cpu().numpy()
             image = image.convert("L").convert("RGB")
-            image.paste((230, 30, 30), mask=Image.fromarray(red).resize(image.size, 0))
+            image.paste((230, 30, 30), mask=Image.fromarray(red).resize(image.size, Image.NEAREST))
             tiles.append(tile(image, f"sigma {sigmas[k]:.2f} {'' if k else prompt}"))
     return make_image_grid(tiles, rows=len(prompts), cols=steps)
 
@@ -695,7 +711,7 @@ def draw_curve(history, width=900, height=400, margin=50):
         x = margin + (width - 2 * margin) * seen / max(1, lines[-1]["images"])
         y = margin + (height - 2 * margin) * (high - reward) / (high - low or 1)
         points.append((x, y))
-        draw.text((x, y - 8), f"{reward:.2f}", "black", font, anchor="mb")
+        draw.text((x - 6, y - 4), f"{reward:.2f}", "black", font, anchor="rb")
         draw.text((x, height - margin + 16), f"{seen}", "gray", font, anchor="mt")
     draw.line(points, "#1f77b4", width=4)
     draw.text((margin, 8), "held-out reward against images seen in training", "black", font)
@@ -706,23 +722,41 @@ def draw_curve(history, width=900, height=400, margin=50):
 CHECKPOINT, PARTIAL = "checkpoint.safetensors", ".partial-"  # in the output folder
 
 
+def make_parser():
+    """One option per field of Arguments."""
+    usage, about = "python star.py --task ocr [--option value ...]", __doc__.split("\n")[0]
+    shape = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(usage=usage, description=about, formatter_class=shape)
+    for each in fields(Arguments):
+        options = dict(type=each.type, metavar={int: "N", float: "X"}.get(each.type, "NAME"))
+        if each.type is bool:
+            options = dict(action=argparse.BooleanOptionalAction)
+        elif get_origin(each.type) is Literal:
+            options = dict(choices=get_args(each.type))
+        name = "--" + each.name.replace("_", "-")
+        parser.add_argument(name, default=each.default, help=each.metadata["help"], **options)
+    return parser
+
+
 def parse_arguments(argv=None):
     """The arguments and the task, with other defaults if the model is of full size."""
-    usage, about = "python star.py --task ocr [--option value ...]", __doc__.split("\n")[0]
-    parser = transformers.HfArgumentParser(Arguments, usage=usage, description=about)
+    parser = make_parser()
     args = parser.parse_args(argv)
     with naming(f"--model {args.model} (a gated model needs `hf auth login`)"):
         config = diffusers.SD3Transformer2DModel.load_config(args.model, subfolder="transformer")
         vae = diffusers.AutoencoderKL.load_config(args.model, subfolder="vae")
-    kind, wanted = config["_class_name"], "SD3Transformer2DModel"
-    require(kind == wanted, f"--model {args.model} is a {kind}; only {wanted} can be trained")
-    full_size = config["sample_size"] >= 64
+        kind, wanted = config["_class_name"], "SD3Transformer2DModel"
+        require(kind == wanted, f"--model {args.model} is a {kind}; only {wanted} can be trained")
+        full_size = config["sample_size"] >= 64
+        unit = config["patch_size"] * 2 ** (len(vae["block_out_channels"]) - 1)  # pixels per token
+        heights = range(unit, config["pos_embed_max_size"] * unit + 1, unit)
     if full_size:
         pickscore = FULL_SIZE_PICKSCORE if args.task.startswith("pickscore") else {}
         parser.set_defaults(**FULL_SIZE | pickscore)
-    parser.set_defaults(**LOW_MEMORY if args.low_memory else {})
+    if args.low_memory:
+        parser.set_defaults(**LOW_MEMORY)
     args = Arguments(**vars(parser.parse_args(argv)))
-    check(args, config, pixels_per_latent=2 ** (len(vae["block_out_channels"]) - 1))
+    check(args, heights)
     task = make_task(args.task, args.prompts, args.heldout_prompts, args.reward_model, full_size)
     enough = len(task.prompts) >= args.prompts_per_iteration
     require(enough, f"{len(task.prompts)} training prompts: fewer than --prompts-per-iteration")
@@ -736,12 +770,13 @@ def step_range(args):
     return first, last
 
 
-def check(args, config, pixels_per_latent):
+def check(args, heights):
     """Find mistakes in the arguments before anything heavy is loaded."""
-    for name, value in vars(args).items():
-        if type(value) in (int, float):  # a bool is neither
-            (low, high), option = BOUNDS.get(name, (1, 10**6)), "--" + name.replace("_", "-")
-            require(low <= value <= high, f"{option} is {value}; use a number from {low} to {high}")
+    for each in fields(args):
+        value, low, high = getattr(args, each.name), each.metadata["low"], each.metadata["high"]
+        good = type(value) not in (int, float) or low <= value <= high  # a bool is neither
+        option = "--" + each.name.replace("_", "-")
+        require(good, f"{option} is {value}; use a number from {low} to {high}")
     cuda = args.device == "cpu" or torch.cuda.is_available()
     require(cuda, "--device is cuda, but PyTorch finds no CUDA device; use cpu")
     images = args.prompts_per_iteration * args.group_size
@@ -752,19 +787,17 @@ def check(args, config, pixels_per_latent):
     inside = 0 <= first <= last - args.stochastic_steps + 1 and last < args.steps
     window = f"--stochastic-range {args.stochastic_range} must lie within --steps {args.steps}"
     require(inside, f"{window} and hold --stochastic-steps {args.stochastic_steps}")
-    unit = config["patch_size"] * pixels_per_latent
-    largest, height = config["pos_embed_max_size"] * unit, args.height or unit
-    sizes = f"this model needs a multiple of {unit} pixels, at most {largest}"
-    require(height % unit == 0 and height <= largest, f"--height is {height}; {sizes}")
+    sizes = f"this model takes multiples of {heights.step} up to {heights[-1]}"
+    require(args.height in (None, *heights), f"--height is {args.height}; {sizes}")
 
 
 def open_folder(args):
     """The output folder, and the settings that all parts of a run share."""
     task = re.sub(r"[^\w.]+", "-", args.task)
     folder = Path(args.out or f"runs/{task}-{args.allocation}-{args.seed}")
-    config, free = folder / "config.json", ("resume", "out", "iterations", "device")
-    settings = {name: value for name, value in asdict(args).items() if name not in free}
-    if config.exists():
+    config, may_change = folder / "config.json", ("resume", "out", "iterations", "device")
+    settings = {name: value for name, value in asdict(args).items() if name not in may_change}
+    if config.exists() or (folder / CHECKPOINT).exists():
         require(args.resume, f"{folder} holds a run; --resume continues it, --out names another")
         with naming(config):
             before = json.loads(config.read_text())
@@ -781,7 +814,7 @@ def open_folder(args):
 
 
 def write(path, save, *content):
-    """save(path, *content), but to the side and then moved: a kill leaves the old or the new."""
+    """save(path, *content) to a temporary place, then move it: a kill leaves the old or the new."""
     with naming(f"{path} cannot be written"):
         with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=path.parent) as side:
             partial = Path(side, path.name)
@@ -792,11 +825,11 @@ def write(path, save, *content):
 
 
 def check_core_words(trainer):
-    """Count the prompts whose core words lie beyond the token limit, where maps are blind."""
+    """Count the prompts whose core words lie beyond the token limit: the model never sees them."""
     prompts = trainer.task.prompts
     spans = [trainer.task.core_spans(prompt) for prompt in prompts]
     core = core_tokens_of(trainer.pipe, prompts, spans, trainer.args.max_sequence_length)
-    lost = sum(words != [] and not row.any() for words, row in zip(spans, core))
+    lost = sum(bool(words) and not row.any() for words, row in zip(spans, core))
     sentence = f"the core words of {lost} of {len(prompts)} prompts lie beyond the token limit"
     require(lost <= len(prompts) / 2, f"{sentence}; shorten them or use --allocation uniform")
     if lost:
@@ -821,11 +854,12 @@ def train(trainer, history, folder):
         if iteration % args.evaluate_every == 0 or last:
             metrics, images, rewards = trainer.evaluate(heldout)
             line |= metrics
-            bar.set_postfix(reward=line["reward_mean"], heldout=line["heldout_reward"])
             after = draw_samples(f"after {iteration}:", images, rewards, heldout)
-            before = Image.open(folder / "samples.png").crop((0, 0, *after.size))
+            before = Image.open(folder / "samples.png").crop((0, 0, *after.size))  # its first row
             write(folder / "samples.png", make_image_grid([before, after], rows=2, cols=1).save)
             write(folder / "curve.png", draw_curve(history).save)
+        evaluated = [line for line in history if "heldout_reward" in line]
+        bar.set_postfix(reward=line["reward_mean"], heldout=evaluated[-1]["heldout_reward"])
         lines = "".join(json.dumps(line) + "\n" for line in history)
         write(folder / "metrics.jsonl", Path.write_text, lines)
         if iteration % args.save_every == 0 or last:
@@ -833,7 +867,8 @@ def train(trainer, history, folder):
     write(folder / "maps.png", draw_maps(trainer, heldout[:4]).save)
     write(folder / "pipeline", trainer.save_pipeline)
 
-    before, *_, after = [line for line in history if "heldout_reward" in line] * 2
+    evaluated = [line for line in history if "heldout_reward" in line]
+    before, after = evaluated[0], evaluated[-1]
     for name, value in after["report"].items():
         print(f"{name}: {before['report'][name]:.3f} -> {value:.3f}")
     rewards = f"{before['heldout_reward']:.3f} -> {after['heldout_reward']:.3f}"
