@@ -642,7 +642,7 @@ class Trainer:
         return tensors
 
     def save(self, path, history):
-        """Write a checkpoint. Random numbers depend on the iteration alone: no need to save them."""
+        """Write a checkpoint. Random numbers depend on the iteration alone, so it needs none."""
         save_file(self.tensors(), path, metadata={"history": json.dumps(history)})
 
     @torch.no_grad()
