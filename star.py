@@ -460,7 +460,10 @@ class Trainer:
         parts |= {} if args.t5 else dict(text_encoder_3=None, tokenizer_3=None)
         with naming(f"--model {args.model}"):
             self.pipe = load_pipeline(args.model, **parts)
-            require(self.pipe.tokenizer, f"--model {args.model} has no tokenizer")
+            tokenizers = [self.pipe.tokenizer, self.pipe.tokenizer_2, self.pipe.tokenizer_3]
+            limits = [getattr(each, "model_max_length", math.inf) for each in tokenizers]
+            good = max(limits[: 2 + args.t5]) < 10**6  # where files are missing, libraries guess
+            require(good, f"--model {args.model} has no tokenizer, or one without a token limit")
         self.pipe.vae.to(args.device, torch.float32).requires_grad_(False)
         self.pipe.vae.enable_slicing()  # decode one image at a time
         self.transformer = transformer = self.pipe.transformer.to(torch.float32)
@@ -698,7 +701,8 @@ def draw_maps(trainer, prompts):
             image = image.convert("L").convert("RGB")
             image.paste((230, 30, 30), mask=Image.fromarray(red).resize(image.size, Image.NEAREST))
             tiles.append(tile(image, f"sigma {sigmas[k]:.2f} {'' if k else prompt}"))
-    return make_image_grid(tiles, rows=len(prompts), cols=steps)
+        tiles.append(tile(*decode(trainer.pipe, latents[-1:]), "finished"))
+    return make_image_grid(tiles, rows=len(prompts), cols=steps + 1)
 
 
 def draw_curve(history, width=900, height=400, margin=50):
@@ -745,7 +749,7 @@ def parse_arguments(argv=None):
     with naming(f"--model {args.model} (a gated model needs `hf auth login`)"):
         config = diffusers.SD3Transformer2DModel.load_config(args.model, subfolder="transformer")
         vae = diffusers.AutoencoderKL.load_config(args.model, subfolder="vae")
-        kind, wanted = config["_class_name"], "SD3Transformer2DModel"
+        kind, wanted = config.get("_class_name", "different model"), "SD3Transformer2DModel"
         require(kind == wanted, f"--model {args.model} is a {kind}; only {wanted} can be trained")
         full_size = config["sample_size"] >= 64
         unit = config["patch_size"] * 2 ** (len(vae["block_out_channels"]) - 1)  # pixels per token

@@ -47,11 +47,11 @@ def spread(values):
 def print_rows(rows):
     """Print {name: {allocation: values}} with the ratio of each pair of values."""
     columns = ("median (least to most)", "uniform", "spatial", "spatial / uniform")
-    print(f"{columns[0]:<32}" + "".join(f"{title:>28}" for title in columns[1:]))
+    print(f"{columns[0]:<32}" + "".join(f"{title:>32}" for title in columns[1:]))
     for name, values in rows.items():
         pairs = zip(values["spatial"], values["uniform"])
         cells = values["uniform"], values["spatial"], [ours / theirs for ours, theirs in pairs]
-        print(f"{name:<32}" + "".join(f"{spread(cell):>28}" for cell in cells))
+        print(f"{name:<32}" + "".join(f"{spread(cell):>32}" for cell in cells))
 
 
 # --------------------------------------------------------------------------------------- Benchmark
