@@ -159,11 +159,11 @@ class AttentionAllocator:
     In SD3's joint blocks an image query has one softmax over [image; text] keys. The map is the
     part of it that falls on core tokens:
 
-        a[p, j] = softmax over all tokens j of  query[p] . key[j] / sqrt(d)
-        m[b, p] = mean over heads and blocks of  the sum of a[p, j] over core tokens j
+        share[p, j] = softmax over all tokens j of  query[p] . key[j] / sqrt(d)
+        m[b, p]     = mean over heads and blocks of  the sum of share[p, j] over core tokens j
 
-    Attention computes the sum of a[p, j] * value[j]. With an indicator of the core tokens in place
-    of the values that sum is the map, so the fused kernel computes it and no [tokens, tokens]
+    Attention computes the sum of share[p, j] * value[j]. With an indicator of the core tokens in
+    place of the values that sum is the map, so the fused kernel computes it and no [tokens, tokens]
     matrix is ever stored. The block is untouched: its output stays the same to the last bit.
 
         with torch.no_grad(), AttentionAllocator(transformer, core_tokens) as allocator:

@@ -595,6 +595,22 @@ def test_an_iteration_is_the_gradient_of_one_loss(options, monkeypatch):
         trainer.iterate(2)
 
 
+def test_the_trained_window_moves_within_its_range(monkeypatch):
+    """Every window of --stochastic-range comes up, and no other."""
+    sizes = dict(prompts_per_iteration=1, group_size=2, batch_size=2, steps=4, stochastic_steps=2)
+    trainer, seen = star.Trainer(star.Arguments(**sizes), make_task("ocr")), set()
+
+    def stop(policy, noise, prompt, stochastic, *others):
+        seen.add(tuple(stochastic))
+        raise StopIteration
+
+    monkeypatch.setattr(star, "rollout", stop)
+    for iteration in range(40):
+        with pytest.raises(StopIteration):
+            trainer.iterate(iteration)
+    assert seen == {(0, 1), (1, 2), (2, 3)}
+
+
 def test_allocator_with_several_images_per_prompt(pipe):
     """repeat_interleave is the order of diffusers: each row is the map of that image alone."""
     core = star.core_tokens_of(pipe, PROMPTS, [SPANS[0], [(2, 7)]], 24)
