@@ -912,6 +912,9 @@ def test_detector_and_colours_of_the_world(judges):
     (shots, images, _), geneval = world(120), judges["geneval"]
     agree, overlaps, right = [], [], []
     for shot, image, found in zip(shots, images, geneval.detect(images)):
+        for ones in found.values():
+            confidences = [one.confidence for one in ones]
+            assert confidences == sorted(confidences, reverse=True)
         for least in (0.3, 0.9):
             sure = [name for name in found for one in found[name] if one.confidence > least]
             agree.append(sorted(sure) == sorted(name for name, *_ in shot["objects"]))
