@@ -462,7 +462,8 @@ class Trainer:
             self.pipe = load_pipeline(args.model, **parts)
             tokenizers = [self.pipe.tokenizer, self.pipe.tokenizer_2, self.pipe.tokenizer_3]
             limits = [getattr(each, "model_max_length", math.inf) for each in tokenizers]
-            good = max(limits[: 2 + args.t5]) < 10**6  # where files are missing, libraries guess
+            words = [len(each) for each in tokenizers if each is not None]  # a guess has only 2
+            good = max(limits[: 2 + args.t5]) < 10**6 and min(words) > 2  # files may be missing
             require(good, f"--model {args.model} has no tokenizer, or one without a token limit")
         self.pipe.vae.to(args.device, torch.float32).requires_grad_(False)
         self.pipe.vae.enable_slicing()  # decode one image at a time

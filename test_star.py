@@ -47,10 +47,6 @@ PROMPTS = ['a blue wall with a white sign "K7Q" and a red ball', 'a green wall, 
 SPANS, SIZE = [quoted_span(prompt) for prompt in PROMPTS], (16, 16)
 
 
-def seed(number):
-    return torch.Generator().manual_seed(number)
-
-
 @pytest.fixture(autouse=True)
 def same_random_numbers():
     torch.manual_seed(0)
@@ -86,7 +82,7 @@ class Scene:
 
     def __init__(self, pipe, guidance_scale=1.0):
         pipe.scheduler.set_timesteps(6)
-        self.noise = torch.randn(2, 8, 16, 16, generator=seed(0))
+        self.noise = torch.randn(2, 8, 16, 16, generator=torch.manual_seed(0))
         self.prompt, empty = (star.encode(pipe, texts, 24) for texts in (PROMPTS, [""]))
         self.core = star.core_tokens_of(pipe, PROMPTS, SPANS, 24)
         self.sigmas, self.transformer = pipe.scheduler.sigmas.tolist(), pipe.transformer
@@ -96,8 +92,8 @@ class Scene:
         return self.policy.velocity(self.noise, k, self.prompt)
 
     def rollout(self, *recorded):
-        inputs = self.policy, self.noise, self.prompt, self.stochastic, seed(1), self.core
-        return star.rollout(*inputs, *recorded)
+        inputs = self.policy, self.noise, self.prompt, self.stochastic, torch.manual_seed(1)
+        return star.rollout(*inputs, self.core, *recorded)
 
     def log_prob(self, samples):
         return log_prob(self.policy, samples.latents, self.stochastic, self.prompt)[0]
@@ -273,7 +269,7 @@ def test_4_rollout_keeps_the_map_of_each_step(pipe):
 
 
 def test_5_log_prob_and_kl_are_those_of_the_normal_distribution():
-    """The mean over positions is Flow-GRPO's log_prob; std may be one value per image."""
+    """The mean over positions is Flow-GRPO's log_prob. std may be one value per image."""
     sample, mean = torch.randn(2, 3, 8, 4, 4)
     for std in (0.37, torch.tensor([0.2, 0.37, 1.5]).view(3, 1, 1, 1)):
         ours, expected = position_log_prob(sample, mean, std), Normal(mean, std)
@@ -299,7 +295,7 @@ def test_6_sde_keeps_the_marginals():
         # within four standard errors, and the error of steps that are not small enough
         assert x.mean().item() == pytest.approx(m, abs=0.014 + 0.002)
         assert x.var().item() == pytest.approx(d**2, abs=0.01 + 0.004)
-    assert (ends[0] - ends[1]).abs().mean() > 0.1, "the stochastic sampler must be one"
+    assert (ends[0] - ends[1]).abs().mean() > 0.1  # the stochastic sampler is one
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
@@ -310,7 +306,7 @@ def test_6_without_noise_the_rollout_is_that_of_diffusers(pipe, guidance_scale):
     samples = star.rollout(scene.policy, scene.noise, scene.prompt)
     images = star.decode(pipe, samples.latents[:, -1])
     theirs = pipe(PROMPTS, latents=scene.noise, **options).images
-    for image, expected in zip(images, theirs, strict=True):
+    for image, expected in zip(images, theirs):
         assert abs(numpy.int16(image) - numpy.int16(expected)).max() <= 1
 
 
@@ -391,7 +387,7 @@ def test_a_run_leaves_what_it_promises(finished, pipe):
     tensors, start = checkpoint(finished), dict(pipe.transformer.named_parameters())
     for name, weight in trained.named_parameters():
         assert torch.equal(weight, tensors["average.module." + name])
-        changed += [not torch.equal(weight, start[name]), not torch.equal(weight, tensors[name])]
+        changed += [not torch.equal(weight, each[name]) for each in (start, tensors)]
     assert sum(changed) > 0.9 * len(changed)  # the average is neither the start nor the end
 
 
@@ -402,10 +398,10 @@ def run_and_kill(folder, function, text, call, when):
     original = getattr(owner, name)
 
     def deadly(*args, **options):
-        calls.extend([1] * (text in str(args[-1])))
-        if len(calls) < int(call) or when != "before":
+        calls.append(text in str(args[-1]))
+        if sum(calls) < int(call) or when != "before":
             result = original(*args, **options)
-        if len(calls) < int(call):
+        if sum(calls) < int(call):
             return result
         if when == "within":
             os.truncate(args[1], 99)
@@ -484,8 +480,8 @@ def test_9_full_disk(finished, tmp_path, monkeypatch):
     save = star.Trainer.save
 
     def save_to_full_disk(*args):
-        small = (500_000, limits[1])
-        resource.setrlimit(resource.RLIMIT_FSIZE, small if file.exists() else limits)
+        limit = 500_000 if file.exists() else limits[0]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
         try:
             save(*args)
         finally:
@@ -505,12 +501,12 @@ def test_loss_by_hand():
     ratios = torch.tensor([[1.0, 1.5], [1.0, 0.5], [0.5, 1.5], [1.5, 0.9]])
     weights = torch.tensor([[0.5, 1.5], [2.0, 0.1], [1.0, 1.0], [1.0, 0.0]], requires_grad=True)
     advantages, new = torch.tensor([2.0, -1.0, 1.0, -1.0]), ratios.log().requires_grad_()
-    loss, found, clipped = star_loss(new, torch.zeros(4, 2), advantages, weights, 0.2)
+    loss, found, clipped = star_loss(new, 0 * new, advantages, weights, 0.2)
     least = torch.tensor([[2.0, 1.2 * 2], [-1, 0.8 * -1], [0.5, 1.2], [1.5 * -1, 0.9 * -1]])
     assert_close(loss, -(weights * least).mean())
     assert_close(found, ratios)
     loss.backward()
-    assert weights.grad is None, "no gradient may flow through the weights"
+    assert weights.grad is None  # no gradient may flow through the weights
     beyond = torch.tensor([[0, 1], [0, 1], [0, 1], [0, 0]]).bool()
     assert torch.equal(clipped, beyond)
     assert_close(new.grad * 8, -(weights * least).masked_fill(beyond, 0))
@@ -529,27 +525,30 @@ def test_a_step_raises_the_probability_of_the_better_image(pipe):
     scene = Scene(copy.deepcopy(pipe))
     samples, optimizer = scene.rollout(), torch.optim.SGD(scene.transformer.parameters(), 1e-3)
     weights, old = allocation_weights(samples.maps, SIZE), samples.log_prob
-    advantages = torch.tensor([1.0, -1.0])
-    star_loss(scene.log_prob(samples), old, advantages, weights, 0.1)[0].backward()
+    new, advantages = scene.log_prob(samples), torch.tensor([1.0, -1.0])
+    star_loss(new, old, advantages, weights, 0.1)[0].backward()
     optimizer.step()
     better, worse = ((scene.log_prob(samples) - old) * weights).mean((1, 2, 3))
     assert better > worse
 
 
-OPTIONS = [
-    dict(kl_weight=0.5),
-    dict(allocation="spatiotemporal", same_noise=False, lam=0.5, ema_decay=0.25),
-    dict(allocation="uniform", global_std=True),
-    dict(updates_per_iteration=2, guidance_scale=2.0),
-]
+def trainer_of(options):
+    return star.Trainer(*star.parse_arguments(options.split()))
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+OPTIONS = """--kl-weight 0.5 --max-gradient-norm 0.1
+    --allocation spatiotemporal --no-same-noise --lam 0.5 --ema-decay 0.25
+    --allocation uniform --global-std
+    --updates-per-iteration 2 --guidance-scale 2"""
+
+
+@pytest.mark.parametrize("options", OPTIONS.split("\n"))
 def test_an_iteration_is_the_gradient_of_one_loss(options, monkeypatch):
     """`iterate` moves the weights as one star_loss over all images and trained steps does."""
-    sizes = dict(prompts_per_iteration=2, group_size=4, batch_size=2, max_gradient_norm=1e9)
-    args = star.Arguments(steps=4, stochastic_steps=2, stochastic_range="1-2", **sizes, **options)
-    trainer, steps, batches = star.Trainer(args, make_task("ocr")), range(1, 3), []
+    sizes = """--prompts-per-iteration 2 --group-size 4 --batch-size 2 --max-gradient-norm 1e9
+        --steps 4 --stochastic-steps 2 --stochastic-range 1-2 --advantage-clip 1 """
+    trainer, steps, batches = trainer_of(sizes + options), range(1, 3), []
+    args = trainer.args
     model, reference, rollout = trainer.transformer, trainer.reference, star.rollout
     if reference:  # so that there is a distance
         reference.proj_out.weight.data *= 1.1
@@ -570,9 +569,8 @@ def test_an_iteration_is_the_gradient_of_one_loss(options, monkeypatch):
     weights = torch.ones_like(old)
     if args.allocation != "uniform":
         weights = allocation_weights(maps, SIZE, args.allocation, args.lam)
-    advantages = star.group_advantages(rewards.view(2, 4), args.global_std, 5.0).flatten()
-    noise = latents[:4, 0]
-    assert (noise == noise[0]).all() == args.same_noise
+    advantages = star.group_advantages(rewards.view(2, 4), args.global_std, 1.0).flatten()
+    assert (latents[:4, 0] == latents[0, 0]).all() == args.same_noise
     for i in torch.arange(8).chunk(args.updates_per_iteration):
         new, means = log_prob(trainer.policy(twin, 4, 0.7), latents, steps, prompt)
         loss = star_loss(new[i], old[i], advantages[i], weights[i], 2e-2)[0]
@@ -583,6 +581,7 @@ def test_an_iteration_is_the_gradient_of_one_loss(options, monkeypatch):
             loss = loss + args.kl_weight * kl
         optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(twin.parameters(), args.max_gradient_norm)
         optimizer.step()
     expected = flat(twin.parameters()) - start
     assert difference(flat(model.parameters()) - start, expected) < 1e-4
@@ -593,22 +592,20 @@ def test_an_iteration_is_the_gradient_of_one_loss(options, monkeypatch):
     model.proj_out.bias.data += math.inf
     with pytest.raises(UserError, match="gradient is not finite; lower --learning-rate"):
         trainer.iterate(2)
+    monkeypatch.undo()  # evaluation samples from the average, if there is one
+    assert bool(trainer.average) == next(trainer.generate(PROMPTS, 4)).latents.isfinite().all()
 
 
 def test_the_trained_window_moves_within_its_range(monkeypatch):
-    """Every window of --stochastic-range comes up, and no other."""
-    sizes = dict(prompts_per_iteration=1, group_size=2, batch_size=2, steps=4, stochastic_steps=2)
-    trainer, seen = star.Trainer(star.Arguments(**sizes), make_task("ocr")), set()
-
-    def stop(policy, noise, prompt, stochastic, *others):
-        seen.add(tuple(stochastic))
-        raise StopIteration
-
-    monkeypatch.setattr(star, "rollout", stop)
+    """Every window of --stochastic-range comes up, and no other. Each iteration has new noise."""
+    sizes = "--prompts-per-iteration 1 --group-size 2 --batch-size 2 --steps 4 --stochastic-steps 2"
+    trainer, calls = trainer_of(sizes), []
+    monkeypatch.setattr(star, "rollout", lambda *inputs: calls.append(inputs) or 1 / 0)
     for iteration in range(40):
-        with pytest.raises(StopIteration):
+        with pytest.raises(ZeroDivisionError):
             trainer.iterate(iteration)
-    assert seen == {(0, 1), (1, 2), (2, 3)}
+    assert {tuple(inputs[3]) for inputs in calls} == {(0, 1), (1, 2), (2, 3)}
+    assert len({inputs[1].sum().item() for inputs in calls}) == 40
 
 
 def test_allocator_with_several_images_per_prompt(pipe):
@@ -655,10 +652,9 @@ def test_parts_take_video():
     for lay, size in ((torch.clone, (3, 8, 8)), (lambda x: x.flatten(-3, -2), (24, 8))):
         sample, mean, std = sde_step(lay(x), lay(v), 0.7, 0.6, 0.9, 0.7, lay(noise))
         log_prob, new = position_log_prob(sample, mean, std), sample[:, :2] / 9
-        even = allocation_weights(lay(maps), size)
         weights = allocation_weights(lay(maps), size, "spatiotemporal")
         loss, _, _ = star_loss(new, mean[:, :2] / 9, advantages, weights, 0.05)
-        results.append([each.flatten() for each in (sample, log_prob, even, weights, loss)])
+        results.append([each.flatten() for each in (sample, log_prob, weights, loss)])
     assert_close(*results)
 
 
@@ -707,8 +703,7 @@ def test_without_t5_in_bfloat16_with_little_memory(tmp_path, capsys):
 
 def test_adafactor_steps_are_as_long_as_the_learning_rate():
     """As AdamW's: where all gradients are equal, a step moves each weight by the learning rate."""
-    args = star.Arguments(optimizer="adafactor", learning_rate=1e-3, weight_decay=0.0)
-    trainer = star.Trainer(args, make_task("ocr"))
+    trainer = trainer_of("--optimizer adafactor --learning-rate 1e-3 --weight-decay 0")
     weights = list(trainer.transformer.parameters())
     starts = copy.deepcopy(weights)
     for weight in weights:
@@ -777,9 +772,9 @@ def test_core_words(judges, name, prompt, words, include, monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------- Rewards
-def world(count, number=123, **settings):
-    """Pictures of the miniatures' world, and these pictures' images."""
-    rng, texts = random.Random(number), build.all_targets(True)
+def world(count, **settings):
+    """Pictures of the world that the miniatures know, their images and their captions."""
+    rng, texts = random.Random(123), build.all_targets(True)
     shots = [build.picture(rng, texts, **settings) for _ in range(count)]
     return shots, [shot["image"] for shot in shots], [shot["caption"] for shot in shots]
 
@@ -794,7 +789,8 @@ TEXTS = """
 
 @pytest.mark.parametrize("target, outcomes", rows(TEXTS))
 def test_text_reward(target, outcomes):
-    for read, reward in (outcome.split("=") for outcome in outcomes.split("; ")):
+    for outcome in outcomes.split("; "):
+        read, reward = outcome.split("=")
         assert rewards.text_reward(read, target) == pytest.approx(eval(reward))
 
 
@@ -819,8 +815,8 @@ def test_reader_of_real_images(tmp_path):
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=plain, **special)
     size = dict(height=64, width=64)
     pixels = transformers.CLIPImageProcessorPil(size=size, do_center_crop=False, image_seq_length=5)
-    text = dict(model_type="bart", vocab_size=13, d_model=16, decoder_start_token_id=2)
-    vision = dict(embed_dim=[32] * 4, depths=[1] * 4, projection_dim=16)
+    text = dict(vocab_size=13, d_model=16, decoder_start_token_id=2)
+    vision = dict(embed_dim=[32] * 4, projection_dim=16)
     config = transformers.Florence2Config(text_config=text, vision_config=vision, image_token_id=4)
     model = transformers.Florence2ForConditionalGeneration(config)
     model.generation_config.max_new_tokens = 3
@@ -840,9 +836,7 @@ def test_prompt_files(tmp_path):
     lines = ['A stamp, with "Alex’s Library" in bold letters', 'A bus that reads "Line 7", \u2028']
     file = tmp_path / "prompts.txt"
     file.write_text("\n\n".join(lines) + "\n", encoding="utf-8-sig")
-    task = OCR(file)
-    assert task.prompts == [line.strip() for line in lines]
-    assert [task.core_spans(prompt) for prompt in task.prompts] == [[(15, 29)], [(18, 24)]]
+    assert OCR(file).prompts == [line.strip() for line in lines]
 
 
 RELATIONS = """
@@ -915,6 +909,8 @@ def test_detector_and_colours_of_the_world(judges):
         for ones in found.values():
             confidences = [one.confidence for one in ones]
             assert confidences == sorted(confidences, reverse=True)
+        confidences = [[one.confidence for one in ones] for ones in found.values()]
+        assert confidences == [sorted(each, reverse=True) for each in confidences]
         for least in (0.3, 0.9):
             sure = [name for name in found for one in found[name] if one.confidence > least]
             agree.append(sorted(sure) == sorted(name for name, *_ in shot["objects"]))
@@ -926,7 +922,7 @@ def test_detector_and_colours_of_the_world(judges):
                 if overlap > 0.3 and len(right) < 120:
                     right.append(geneval.colours(image, [one], name) == [colour])
             overlaps.append(best)
-    assert numpy.mean(agree) >= 0.9 and sum(right) >= 0.95 * 120
+    assert numpy.mean(agree) >= 0.9 and sum(right) >= 114
     assert numpy.mean(overlaps) > 0.5  # masks of 2-pixel squares
     shots, images, _ = world(60, fresh_objects=0.0, sign_share=0.0)
     faded = [one for found in geneval.detect(images) for ones in found.values() for one in ones]
@@ -972,11 +968,10 @@ def test_a_coco_detector_gets_the_benchmark_s_size_and_names(judges, tmp_path):
     shutil.copy("tiny/detector/preprocessor_config.json", tmp_path)
     task = GenEval(model=f"{tmp_path},tiny/clip")
     task.load("cpu")
-    shapes = []
-    for processor in (task.detector_processor, judges["geneval"].detector_processor):
-        for size in ((40, 30), (400, 30)):
-            inputs = processor(images=Image.new("RGB", size), return_tensors="pt")
-            shapes.append(inputs.pixel_values.shape[-2:])
+    processors = task.detector_processor, judges["geneval"].detector_processor
+    images = Image.new("RGB", (40, 30)), Image.new("RGB", (400, 30))
+    inputs = [each(images=image, return_tensors="pt") for each in processors for image in images]
+    shapes = [each.pixel_values.shape[-2:] for each in inputs]
     assert shapes == [(800, 1088), (128, 1344), (32, 32), (32, 32)]  # padded to multiples of 32
     assert task.labels[63:66] == ["laptop", "computer mouse", "tv remote"]
     assert len(task.heldout_prompts) == 200 and len(task.prompts) > 1500
@@ -985,8 +980,8 @@ def test_a_coco_detector_gets_the_benchmark_s_size_and_names(judges, tmp_path):
 def test_pickscore_prefers_the_right_caption_and_the_clean_image(judges):
     reward, (_, images, captions) = judges["pickscore"].reward, world(200, fresh_signs=1.0)
     worse, right = map(build.degraded, [random.Random(1)] * 200, images), reward(images, captions)
-    assert (right > reward(images, captions[1:] + captions[:1])).sum() >= 0.95 * 200
-    assert (right > reward(list(worse), captions)).sum() >= 0.9 * 200
+    assert (right > reward(images, captions[1:] + captions[:1])).sum() >= 190
+    assert (right > reward(list(worse), captions)).sum() >= 180
 
 
 class Fixed(rewards.Task):
@@ -1018,7 +1013,6 @@ def test_a_mixture_is_the_weighted_mean(judges):
     task.load("cpu")
     ocr, pickscore = (scores(judges[name], images, prompts) for name in ("ocr", "pickscore"))
     assert_close(scores(task, images, prompts), (0.7 * ocr + 0.1 * pickscore / 26) / 0.8)
-    assert task.report(images, prompts) == dict(OCR=ocr.mean(), PickScore=pickscore.mean())
     spans = quoted_span(prompts[0]) + rewards.content_word_spans(prompts[0])
     assert task.core_spans(prompts[0]) == spans
 
@@ -1088,7 +1082,7 @@ LATE = """
     --reward-model IN/cut | reward model
     --task pickscore --reward-model tiny/ocr | reward model tiny/ocr is not a clip model
     --task geneval --reward-model tiny/clip,tiny/clip | reward model tiny/clip
-    --model IN/mute | has no tokenizer
+    --model IN/mute; --model IN/wordless | has no tokenizer
     --prompts IN/long.txt | core words of 2 of 3 prompts lie beyond the token limit; shorten them
 """
 RANGES = """noise-level inf, noise-level 0, learning-rate inf, learning-rate nan, learning-rate -1,
@@ -1113,7 +1107,7 @@ EARLY += [[f"--{each.strip()}", f"--{each.split()[0]} is "] for each in RANGES.s
 BROKEN = [[f, v, says] for f, values, says in rows(BROKEN) for v in json.loads(values)]
 EARLY += [[f"--task geneval --prompts IN/{i}.jsonl", says] for i, (_, _, says) in enumerate(BROKEN)]
 EARLY += [["--device cuda", "PyTorch finds no CUDA device"]] * (not torch.cuda.is_available())
-LATE = rows(LATE)
+LATE = [[each, says] for many, says in rows(LATE) for each in many.split("; ")]
 
 
 @pytest.fixture(scope="session")
@@ -1129,20 +1123,21 @@ def inputs(finished, tmp_path_factory):
         "run/config.json": (finished / "config.json").read_text(),
         "run/checkpoint.safetensors": "not tensors",
         "empty.txt": "\n \n",
+        "latin.txt": 'a café "B"',
         "unquoted.txt": 'a "B"\n\na ball\na box\n',
         "long.txt": f"{far}\n{far} here\n{PROMPTS[0]}",
     }
     for i, (field, value, _) in enumerate(BROKEN):
-        record = dict(tag="a", prompt="a ball", include=clauses("1 ball, 1 ball"))
-        part = record["include"][1] if field in ("class", "count", "color", "position") else record
-        part[field] = value
+        record = dict(tag="a", prompt="a ball", include=clauses("1 ball, 1 ball"), exclude=[])
+        (record if field in record else record["include"][1])[field] = value
         texts[f"{i}.jsonl"] = json.dumps(record)
     for name, text in texts.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
-    (folder / "latin.txt").write_text('a café "B"', encoding="latin-1")
+        (folder / name).write_text(text, encoding="latin-1")
     shutil.copytree("tiny/sd3", folder / "mute")
     shutil.rmtree(folder / "mute/tokenizer")
+    shutil.copytree("tiny/sd3", folder / "wordless")
+    (folder / "wordless/tokenizer/tokenizer.json").unlink()
     shutil.copytree("tiny/ocr", folder / "cut")
     os.truncate(folder / "cut/model.safetensors", 99)
     return folder
@@ -1169,7 +1164,7 @@ def test_the_pipeline_call_in_the_readme(pipe):
     torch.manual_seed(3)
     options["callback_on_step_end"] = lambda *step: states.append(step[3]["latents"]) or {}
     image = pipe(names["prompt"], max_sequence_length=24, **options).images[0]
-    assert names["image"].tobytes() == image.tobytes() and names["maps"].shape == (10, 1, 64)
+    assert names["image"].tobytes() == image.tobytes() and len(names["maps"]) == 10
     scene = Scene(pipe)  # without guidance, which leaves the conditional half
     pipe.scheduler.set_timesteps(10)
     scene.policy.sigmas = pipe.scheduler.sigmas.tolist()
@@ -1178,7 +1173,7 @@ def test_the_pipeline_call_in_the_readme(pipe):
         found = scene.map(states[k - 1], k, names["core_tokens"])
         assert_close(names["maps"][k], found)
     red, green, blue = numpy.median(image, (0, 1))
-    assert blue > 150 and blue > red + 60 and blue > green + 60, "the prompt asks for a blue wall"
+    assert blue > 60 + max(red, green)  # the prompt asks for a blue wall
 
 
 def test_area_under_roc_and_images_to_reach_by_hand():
@@ -1186,7 +1181,7 @@ def test_area_under_roc_and_images_to_reach_by_hand():
     assert study.area_under_roc(values, truth) == (1 + 1 + 0.5 + 1) / 4
     names, points = ("images", "heldout_reward"), [(0, 0.5), (100,), (200, 0.7), (400, 0.6)]
     lines = [dict(zip(names, point)) for point in points]
-    for goal, images in {0.6: 100, 0.4: 0, 0.5: 0, 0.7: 200, 0.71: math.inf}.items():
+    for goal, images in {0.6: 100, 0.5: 0, 0.7: 200, 0.71: math.inf}.items():
         assert study.images_to_reach(lines, goal) == pytest.approx(images)
 
 
@@ -1198,13 +1193,13 @@ def test_gradient_measures_of_known_gradients():
     ours, uniform = noise
     measures = study.gradient_measures(ours @ ours.T, ours @ uniform.T, uniform @ uniform.T)
     square = 2**2 + (variance := 2000 * 0.1**2)  # of an estimate's length
-    assert measures == pytest.approx((variance, 4 / square, 0.5 * 2 / square**0.5), rel=0.03)
+    assert measures == pytest.approx((variance, 4 / square, 1 / square**0.5), rel=0.03)
 
 
 def test_true_region_is_the_place_of_the_sign():
     hits = 0
-    for shot in world(40, 3, sign_share=1.0)[0]:
-        truth, (x, y) = torch.zeros(8, 8, dtype=torch.bool), shot["place"]
+    for shot in world(40, sign_share=1.0)[0]:
+        truth, (x, y) = torch.zeros(8, 8).bool(), shot["place"]
         truth[y // 4 : y // 4 + 2, x // 4 : x // 4 + 3] = True
         hits += torch.equal(study.true_region(OCR(), shot["image"]), truth)
     assert hits >= 36
@@ -1213,6 +1208,7 @@ def test_true_region_is_the_place_of_the_sign():
 def test_shuffled_maps_have_the_same_values_in_other_places():
     maps = torch.arange(64.0).expand(6, 64).reshape(3, 2, 8, 8)
     samples = star.Rollout(None, None, maps)
-    changed = study.changed_maps("shuffled", None, None, samples, seed(1)).reshape(6, 64)
+    generator = torch.manual_seed(1)
+    changed = study.changed_maps("shuffled", None, None, samples, generator).reshape(6, 64)
     assert torch.equal(changed.sort().values, maps.view(6, 64))
-    assert len(changed.unique(dim=0)) == 6, "each map has its own order"
+    assert len(changed.unique(dim=0)) == 6  # each map has its own order
