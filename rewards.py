@@ -8,6 +8,7 @@
     reward(images, prompts)      one number per PIL image: a list, an array or a tensor
     report(images, prompts)      further numbers to log, a dict
     scale                        a reward is divided by this where it is mixed with others
+    monitors                     other tasks whose rewards are logged, but not trained
 
 Constructors take (prompts, heldout_prompts, model, full_size): two files and the names of models,
 None for the task's own, and whether a full-size model is trained. They raise UserError.
@@ -116,6 +117,7 @@ class Task:
     own_prompts = "pickscore"  # tiny/prompts/<this>.txt and <this>_heldout.txt
     own_models, real_models = (), ()  # that score the miniature's images, and a real model's
     scale = 1.0
+    monitors = ()
 
     def __init__(self, prompts=None, heldout_prompts=None, model=None, full_size=False):
         own = TINY / "prompts" / ("real_ocr" if full_size else self.own_prompts)
@@ -221,6 +223,33 @@ class OCR(Task):
         """`text_reward` of each image, [len(images)]."""
         targets = [prompt[slice(*self.core_spans(prompt)[0])] for prompt in prompts]
         return [text_reward(*pair) for pair in zip(self.transcribe(images), targets)]
+
+
+class Signs(Task):
+    """How many signs of the colour asked for a picture of the miniature's world shows.
+
+    A monitor: the OCR reward does not mind if a text is written twice.
+    """
+
+    colours = dict(white=(245.0, 245, 245), yellow=(250.0, 220, 60), pink=(245.0, 150, 190))
+
+    def reward(self, images, prompts):
+        """How many of the eight places of a sign show one, [len(images)].
+
+        There nearly all pixels are shades of the sign's colour, and most of them are light.
+        """
+        counts = []
+        for image, prompt in zip(images, prompts):
+            asked = re.search(r"(\w+) sign", prompt)
+            colour = torch.tensor(self.colours.get(asked and asked[1], (1.0, 0.0, 0.0)))
+            pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).float()
+            pixels = pixels.view(image.height, image.width, 3)[:, 3:]
+            shade = (pixels @ colour) / (colour @ colour)  # 0 is black
+            near = (pixels - shade[..., None] * colour).norm(dim=-1) < 45
+            both = torch.stack([near, near & (shade > 0.6)]).float()
+            near, light = F.avg_pool2d(both, kernel_size=(8, 13), stride=(8, 16))
+            counts.append(((near > 0.8) & (light > 0.6)).sum() if asked else 0)
+        return counts
 
 
 # ------------------------------------------------------------------------------------------ GenEval
@@ -556,7 +585,7 @@ class PickScore(Task):
 
 
 # ------------------------------------------------------------------------------ Choosing and mixing
-TASKS = {"ocr": OCR, "geneval": GenEval, "pickscore": PickScore}
+TASKS = {"ocr": OCR, "geneval": GenEval, "pickscore": PickScore, "signs": Signs}
 
 
 class Mixture(Task):
@@ -609,10 +638,13 @@ def parts_of(description):
     return parts
 
 
-def make_task(description, prompts=None, heldout_prompts=None, models=None, full_size=False):
+def make_task(
+    description, prompts=None, heldout_prompts=None, models=None, full_size=False, monitors=""
+):
     """The task that --task describes. Several share the prompts of the first.
 
     `models`: names separated by semicolons, one entry per task; empty for the task's own.
+    `monitors`: names of tasks separated by commas.
     """
     parts = parts_of(description)
     models = models.split(";") if models else []
@@ -625,8 +657,9 @@ def make_task(description, prompts=None, heldout_prompts=None, models=None, full
     for (name, _), model in itertools.zip_longest(parts, models):
         tasks.append(task_class(name)(prompts, heldout_prompts, model, full_size))
         prompts, heldout_prompts = tasks[0].files
-    if len(tasks) == 1:
-        return tasks[0]
     same = all(task.prompts == tasks[0].prompts for task in tasks)
     require(same, f"--task {description}: give --prompts and --heldout-prompts that all can read")
-    return Mixture(tasks, weights)
+    task = Mixture(tasks, weights) if len(tasks) > 1 else tasks[0]
+    names = filter(None, monitors.split(","))
+    task.monitors = [task_class(name)(*tasks[0].files, full_size=full_size) for name in names]
+    return task

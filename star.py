@@ -61,7 +61,7 @@ def arg(default, help, low=1, high=10**6):  # the bounds of numbers; most are co
 
 @dataclass
 class Arguments:
-    """These defaults suit the small model in tiny/ on a CPU; FULL_SIZE those for real models."""
+    """These defaults suit the small model in tiny/ and the task ocr; see TINY and FULL_SIZE."""
 
     # the run
     task: str = arg("ocr", "ocr, geneval, pickscore, FILE.py:CLASS or a mix: ocr:0.7,pickscore:0.3")
@@ -73,16 +73,17 @@ class Arguments:
     resume: bool = arg(False, "continue the run in the output folder")
     seed: int = arg(0, "seed of prompts and noise", 0, 2**32)
     iterations: int = arg(20, "iterations of sampling and updating")
-    evaluate_every: int = arg(2, "iterations between evaluations")
+    evaluate_every: int = arg(10, "iterations between evaluations")
     evaluation_prompts: int = arg(96, "held-out prompts per evaluation, one image each")
+    monitor: str = arg("", "tasks whose rewards are logged but not trained: pickscore,signs")
     save_every: int = arg(10, "iterations between checkpoints")
     # allocation
     allocation: Literal["uniform", "spatial", "spatiotemporal"] = arg("spatial", "how to allocate")
     lam: float = arg(1.0, "strength of the allocation, from 0 (uniform) to 1", 0, 1)
     # sampling
-    prompts_per_iteration: int = arg(6, "K, prompts per iteration")
-    group_size: int = arg(16, "G, images per prompt", 2)
-    batch_size: int = arg(48, "images per forward pass; must divide K * G")
+    prompts_per_iteration: int = arg(3, "K, prompts per iteration")
+    group_size: int = arg(8, "G, images per prompt", 2)
+    batch_size: int = arg(24, "images per forward pass; must divide K * G")
     height: int = arg(None, "height and width in pixels; as the model was trained if not given")
     steps: int = arg(10, "T, denoising steps in training")
     evaluation_steps: int = arg(10, "denoising steps in evaluation")
@@ -92,11 +93,11 @@ class Arguments:
     guidance_scale: float = arg(1.0, "classifier-free guidance, in training too; 1 is none", 0)
     same_noise: bool = arg(True, "start all images of a group from the same noise")
     t5: bool = arg(True, "use the third and largest text encoder")
-    max_sequence_length: int = arg(24, "T5 tokens per prompt")
+    max_sequence_length: int = arg(20, "T5 tokens per prompt")
     # update
     updates_per_iteration: int = arg(1, "optimizer steps; from the second on, ratios leave 1")
     optimizer: Literal["adamw", "adafactor"] = arg("adamw", "adafactor needs almost no memory")
-    learning_rate: float = arg(2e-4, "learning rate", 1e-12)
+    learning_rate: float = arg(4e-4, "learning rate", 1e-12)
     weight_decay: float = arg(1e-4, "weight decay", 0)
     max_gradient_norm: float = arg(1.0, "clip gradients to this norm", 1e-9, 1e9)
     clip_range: float = arg(2e-2, "eps, how far a ratio may leave 1", 1e-9)
@@ -111,9 +112,21 @@ class Arguments:
     low_memory: bool = arg(False, "other defaults for a small GPU (LOW_MEMORY); rewards on the CPU")
 
 
+# What suits the tasks on the small model; tiny/RESULTS.md has the runs that this rests on.
+# fmt: off
+TINY = dict(
+    ocr=dict(monitor="pickscore,signs"),
+    geneval=dict(
+        prompts_per_iteration=6, batch_size=48, iterations=30, learning_rate=2e-4,
+        evaluate_every=15, evaluation_prompts=120, monitor="pickscore",
+    ),
+    pickscore=dict(
+        prompts_per_iteration=6, batch_size=48, iterations=30, learning_rate=2e-4,
+        evaluate_every=15,
+    ),
+)
 # Defaults for SD3 Medium, SD3.5 Medium and SD3.5 Large on one GPU. [F] marks Flow-GRPO's published
 # settings, the others are ours and untuned. rewards.py names the models that score real images.
-# fmt: off
 FULL_SIZE = dict(
     height=512, evaluation_steps=40, guidance_scale=4.5,     # [F]
     group_size=24, same_noise=False, global_std=True,        # [F]
@@ -454,7 +467,8 @@ class Trainer:
 
     def __init__(self, args, task):
         self.args, self.task = args, task
-        task.load("cpu" if args.low_memory else args.device)
+        for each in (task, *task.monitors):
+            each.load("cpu" if args.low_memory else args.device)
         frozen = torch.bfloat16 if args.bfloat16 else torch.float32
         parts = dict(dtype={"transformer": torch.float32, "vae": torch.float32, "default": frozen})
         parts |= {} if args.t5 else dict(text_encoder_3=None, tokenizer_3=None)
@@ -628,6 +642,8 @@ class Trainer:
         error = rewards.std().item() / len(rewards) ** 0.5 if len(rewards) > 1 else None
         with torch.no_grad():
             report = self.task.report(images, prompts)
+        for monitor in self.task.monitors:
+            report |= {type(monitor).__name__: scores(monitor, images, prompts).mean()}
         metrics = {
             "heldout_reward": rewards.mean().item(),
             "heldout_reward_standard_error": error,
@@ -707,19 +723,24 @@ def draw_maps(trainer, prompts):
 
 
 def draw_curve(history, width=900, height=400, margin=50):
-    """curve.png: held-out reward against images seen in training."""
-    lines = [line for line in history if "heldout_reward" in line]
-    low, high = (extreme(line["heldout_reward"] for line in lines) for extreme in (min, max))
+    """curve.png: reward in training (grey) and on held-out prompts against images seen."""
+    curves = {"reward_mean": ("gray", 2), "heldout_reward": ("#1f77b4", 4)}
+    values = [line[name] for line in history for name in curves if name in line]
+    low, high, most = min(values), max(values), max(1, history[-1]["images"])
     image = Image.new("RGB", (width, height), "white")
-    draw, font, points = ImageDraw.Draw(image), ImageFont.load_default(13), []
-    for seen, reward in ((line["images"], line["heldout_reward"]) for line in lines):
-        x = margin + (width - 2 * margin) * seen / max(1, lines[-1]["images"])
-        y = margin + (height - 2 * margin) * (high - reward) / (high - low or 1)
-        points.append((x, y))
-        draw.text((x - 6, y - 4), f"{reward:.2f}", "black", font, anchor="rb")
-        draw.text((x, height - margin + 16), f"{seen}", "gray", font, anchor="mt")
-    draw.line(points, "#1f77b4", width=4)
-    draw.text((margin, 8), "held-out reward against images seen in training", "black", font)
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
+    for name, (colour, thickness) in curves.items():
+        points = []
+        for line in (line for line in history if name in line):
+            x = margin + (width - 2 * margin) * line["images"] / most
+            y = margin + (height - 2 * margin) * (high - line[name]) / (high - low or 1)
+            points.append((x, y))
+            if name == "heldout_reward":
+                draw.text((x - 6, y - 4), f"{line[name]:.2f}", "black", font, anchor="rb")
+                draw.text((x, height - margin + 16), f"{line['images']}", "gray", font, anchor="mt")
+        draw.line(points, colour, thickness)
+    title = "reward against images seen: in training (grey), on held-out prompts (blue)"
+    draw.text((margin, 8), title, "black", font)
     return image
 
 
@@ -755,14 +776,17 @@ def parse_arguments(argv=None):
         full_size = config["sample_size"] >= 64
         unit = config["patch_size"] * 2 ** (len(vae["block_out_channels"]) - 1)  # pixels per token
         heights = range(unit, config["pos_embed_max_size"] * unit + 1, unit)
+    name = re.match(r"\w*", args.task)[0]
     if full_size:
-        pickscore = FULL_SIZE_PICKSCORE if args.task.startswith("pickscore") else {}
-        parser.set_defaults(**FULL_SIZE | pickscore)
+        parser.set_defaults(**FULL_SIZE | (FULL_SIZE_PICKSCORE if name == "pickscore" else {}))
+    else:
+        parser.set_defaults(**TINY.get(name, {}))
     if args.low_memory:
         parser.set_defaults(**LOW_MEMORY)
     args = Arguments(**vars(parser.parse_args(argv)))
     check(args, heights)
-    task = make_task(args.task, args.prompts, args.heldout_prompts, args.reward_model, full_size)
+    files = (args.prompts, args.heldout_prompts)
+    task = make_task(args.task, *files, args.reward_model, full_size, args.monitor)
     enough = len(task.prompts) >= args.prompts_per_iteration
     require(enough, f"{len(task.prompts)} training prompts: fewer than --prompts-per-iteration")
     return args, task
@@ -876,7 +900,10 @@ def train(trainer, history, folder):
     before, after = evaluated[0], evaluated[-1]
     for name, value in after["report"].items():
         print(f"{name}: {before['report'][name]:.3f} -> {value:.3f}")
-    rewards = f"{before['heldout_reward']:.3f} -> {after['heldout_reward']:.3f}"
+    rewards = " -> ".join(
+        f"{line['heldout_reward']:.3f} +- {line['heldout_reward_standard_error'] or 0:.3f}"
+        for line in (before, after)
+    )
     print(f"held-out reward: {rewards}; see samples.png, maps.png and curve.png in {folder}")
 
 

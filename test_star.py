@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need the network
@@ -83,8 +84,8 @@ class Scene:
     def __init__(self, pipe, guidance_scale=1.0):
         pipe.scheduler.set_timesteps(6)
         self.noise = torch.randn(2, 8, 16, 16, generator=torch.manual_seed(0))
-        self.prompt, empty = (star.encode(pipe, texts, 24) for texts in (PROMPTS, [""]))
-        self.core = star.core_tokens_of(pipe, PROMPTS, SPANS, 24)
+        self.prompt, empty = (star.encode(pipe, texts, build.TOKENS) for texts in (PROMPTS, [""]))
+        self.core = star.core_tokens_of(pipe, PROMPTS, SPANS, build.TOKENS)
         self.sigmas, self.transformer = pipe.scheduler.sigmas.tolist(), pipe.transformer
         self.policy = star.Policy(self.transformer, self.sigmas, 0.7, guidance_scale, empty)
 
@@ -147,7 +148,7 @@ def test_2_uniform_is_flow_grpo(pipe):
     scene = Scene(pipeline := copy.deepcopy(pipe))
     scheduler, transformer, latents = pipeline.scheduler, scene.transformer, scene.noise
     prompts, spans, advantages, clip_range = PROMPTS, SPANS, torch.tensor([0.8, -1.3]), 1e-4
-    H, W, patch_size, max_sequence_length, scene.stochastic = 16, 16, 2, 24, range(3)
+    H, W, patch_size, max_sequence_length, scene.stochastic = 16, 16, 2, 20, range(3)
     timesteps = scheduler.timesteps[:3, None].expand(3, 2)
 
     def predict(transformer, latents, timestep):
@@ -210,8 +211,8 @@ def test_3_the_hook_changes_nothing(pipe):
         assert len(allocator.recorded) == 8 and not allocator.map().requires_grad
     with pytest.raises(ZeroDivisionError), allocator, allocator:
         raise ZeroDivisionError
-    for core in (scene.core[:1].repeat(3, 1), scene.core[:, :40]):
-        sentence = f"for {len(core)} images and {core.shape[1]} text tokens.*given 2 and 48"
+    for core in (scene.core[:1].repeat(3, 1), scene.core[:, :30]):
+        sentence = f"for {len(core)} images and {core.shape[1]} text tokens.*given 2 and 40"
         with pytest.raises(ValueError, match=sentence):
             scene.map(scene.noise, 0, core)
     assert not any(module._forward_pre_hooks for module in scene.transformer.modules())
@@ -229,7 +230,7 @@ def test_4_map_is_the_brute_force_map(pipe, blocks, guidance_scale, monkeypatch)
         blocks = [1]
 
     def in_full(query, key, value, **options):
-        if key.shape[2] == 64 + 48:  # joint; dual attention has image keys only
+        if key.shape[2] == 64 + 40:  # joint; dual attention has image keys only
             probability = (query @ key.mT / math.sqrt(query.shape[-1])).softmax(-1)
             probabilities.append(probability[-2:, :, :64, 64:])  # the conditional half
         return fused(query, key, value, **options)
@@ -302,7 +303,9 @@ def test_6_sde_keeps_the_marginals():
 def test_6_without_noise_the_rollout_is_that_of_diffusers(pipe, guidance_scale):
     """The same Euler steps, the same guidance, and the same decoded images."""
     scene = Scene(pipe, guidance_scale)
-    options = dict(guidance_scale=guidance_scale, num_inference_steps=6, max_sequence_length=24)
+    options = dict(
+        guidance_scale=guidance_scale, num_inference_steps=6, max_sequence_length=build.TOKENS
+    )
     samples = star.rollout(scene.policy, scene.noise, scene.prompt)
     images = star.decode(pipe, samples.latents[:, -1])
     theirs = pipe(PROMPTS, latents=scene.noise, **options).images
@@ -610,9 +613,9 @@ def test_the_trained_window_moves_within_its_range(monkeypatch):
 
 def test_allocator_with_several_images_per_prompt(pipe):
     """repeat_interleave is the order of diffusers: each row is the map of that image alone."""
-    core = star.core_tokens_of(pipe, PROMPTS, [SPANS[0], [(2, 7)]], 24)
+    core = star.core_tokens_of(pipe, PROMPTS, [SPANS[0], [(2, 7)]], build.TOKENS)
     latents = torch.randn(4, 8, 16, 16)
-    options = dict(num_inference_steps=2, max_sequence_length=24, output_type="latent")
+    options = dict(num_inference_steps=2, max_sequence_length=build.TOKENS, output_type="latent")
 
     def maps(prompts, core, latents, count):
         with AttentionAllocator(pipe.transformer, core) as allocator:
@@ -672,7 +675,9 @@ def test_defaults_follow_the_model(tmp_path):
     small, _ = star.parse_arguments([*command, "--low-memory", "--batch-size", "2"])
     assert (small.batch_size, small.optimizer) == (2, "adafactor")
     assert star.parse_arguments([*command, "--task", "pickscore"])[0].kl_weight == 0.01
-    assert star.parse_arguments([])[0] == star.Arguments()
+    for task in star.TINY:
+        own = star.Arguments(task=task, **star.TINY[task])
+        assert star.parse_arguments(["--task", task])[0] == own
 
 
 def test_without_t5_in_bfloat16_with_little_memory(tmp_path, capsys):
@@ -695,10 +700,10 @@ def test_without_t5_in_bfloat16_with_little_memory(tmp_path, capsys):
     saved = StableDiffusion3Pipeline.from_pretrained(out / "pipeline")
     assert saved.text_encoder_3 and saved.tokenizer_3
     saved.text_encoder_3 = saved.tokenizer_3 = None
-    clip, t5 = star.encode(saved, PROMPTS, 24)[0].split(24, dim=1)
+    clip, t5 = star.encode(saved, PROMPTS, 20)[0].split(20, dim=1)
     assert clip.any() and not t5.any()
-    core = star.core_tokens_of(saved, PROMPTS, SPANS, 24)
-    assert core.sum(1).tolist() == [3, 3] and not core[:, 24:].any()
+    core = star.core_tokens_of(saved, PROMPTS, SPANS, 20)
+    assert core.sum(1).tolist() == [3, 3] and not core[:, 20:].any()
 
 
 def test_adafactor_steps_are_as_long_as_the_learning_rate():
@@ -725,11 +730,11 @@ def judges():
 
 def test_core_tokens_are_the_words_in_both_tokenizers(pipe):
     """Where CLIP's start and end tokens leave no room for K7Q, T5 still sees the K."""
-    prompts = [PROMPTS[0], "a wall " * 9 + 'with a sign "K7Q"', "a wall " * 20 + '"K7Q"']
-    core = star.core_tokens_of(pipe, prompts, map(quoted_span, prompts), 24).view(3, 2, 24)
+    prompts = [PROMPTS[0], "a wall " * 7 + 'with a sign "K7Q"', "a wall " * 20 + '"K7Q"']
+    core = star.core_tokens_of(pipe, prompts, map(quoted_span, prompts), 20).view(3, 2, 20)
     assert core[1:].sum(-1).tolist() == [[0, 1], [0, 0]]
     for tokenizer, words in zip((pipe.tokenizer, pipe.tokenizer_3), core[0]):
-        ids = tokenizer(prompts[0], padding="max_length", max_length=24)["input_ids"]
+        ids = tokenizer(prompts[0], padding="max_length", max_length=20)["input_ids"]
         assert tokenizer.decode(torch.tensor(ids)[words]).replace(" ", "").upper() == "K7Q"
 
 
@@ -915,7 +920,7 @@ def test_detector_and_colours_of_the_world(judges):
             sure = [name for name in found for one in found[name] if one.confidence > least]
             agree.append(sorted(sure) == sorted(name for name, *_ in shot["objects"]))
         for name, colour, *place in shot["objects"]:
-            truth, best = numpy.array(build.shape_mask(name, place)) > 0, 0
+            truth, best = numpy.array(build.shape_mask(name, *place)) > 0, 0
             for one in found.get(name, []):
                 mask = one.mask.numpy()
                 best = max(best, overlap := (truth & mask).sum() / (truth | mask).sum())
@@ -924,9 +929,12 @@ def test_detector_and_colours_of_the_world(judges):
             overlaps.append(best)
     assert numpy.mean(agree) >= 0.9 and sum(right) >= 114
     assert numpy.mean(overlaps) > 0.5  # masks of 2-pixel squares
-    shots, images, _ = world(60, fresh_objects=0.0, sign_share=0.0)
-    faded = [one for found in geneval.detect(images) for ones in found.values() for one in ones]
-    assert len(faded) < 0.1 * sum(len(shot["objects"]) for shot in shots)
+    shots = [
+        shot for shot in world(200, mistakes=(1.0, 1.0))[0] if "faded objects" in shot["mistakes"]
+    ]
+    seen = [found.values() for found in geneval.detect([shot["image"] for shot in shots])]
+    faded = sum(len(ones) for found in seen for ones in found)
+    assert faded < 0.1 * sum(len(shot["objects"]) for shot in shots) > 1
 
 
 def test_geneval_of_world_images(judges, monkeypatch):
@@ -937,8 +945,11 @@ def test_geneval_of_world_images(judges, monkeypatch):
             b | counting | 2 ball                  | 2 white ball             |
             c | position | 1 box, 1 ball left of 0 | 1 blue ball, 1 green box | left of"""):
         task.metadata[prompt] = dict(tag=tag, include=clauses(include))
-        objects = [(each["count"], each["color"], each["class"]) for each in clauses(shown)]
-        images.append(build.draw_plan(rng, ("red", None, objects, relation or None), 1.0)[0])
+        images.append(Image.new("RGB", (32, 32), build.COLOURS["red"]))
+        objects = [each for each in clauses(shown) for _ in range(each["count"])]
+        for each, (x, y) in zip(objects, build.quarters(rng, len(objects), relation)):
+            place = 16 * x + 3, 16 * y + 3
+            build.draw_object(images[-1], each["class"], each["color"], *place)
     names = "strict colors", "strict counting", "strict position", "strict GenEval"
     assert task.reward(images, "abc") == [1, 1, 1]
     assert task.report(images, "abc") == dict.fromkeys(names, 1)
@@ -978,10 +989,31 @@ def test_a_coco_detector_gets_the_benchmark_s_size_and_names(judges, tmp_path):
 
 
 def test_pickscore_prefers_the_right_caption_and_the_clean_image(judges):
-    reward, (_, images, captions) = judges["pickscore"].reward, world(200, fresh_signs=1.0)
+    reward, (_, images, captions) = judges["pickscore"].reward, world(200)
     worse, right = map(build.degraded, [random.Random(1)] * 200, images), reward(images, captions)
     assert (right > reward(images, captions[1:] + captions[:1])).sum() >= 190
     assert (right > reward(list(worse), captions)).sum() >= 180
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_signs_are_counted_by_their_colours(judges, count):
+    """Faded and misspelt signs count, objects and walls of the same colours do not."""
+    shots, images, prompts = world(200, sign_share=min(count, 1), mistakes=(0.5, 0.5))
+    for shot in shots if count == 2 else []:
+        free = [place for place in build.PLACES if place[0] != shot["place"][0]]
+        colour = re.search(r"(\w+) sign", shot["caption"])[1]
+        build.draw_sign(shot["image"], colour, "KLX", *free[0], 1.0)
+    right = scores(judges["signs"], images, prompts) == count
+    assert right.sum() >= 190
+
+
+def test_monitors_are_logged_and_not_trained():
+    trainer = trainer_of("--task pickscore --monitor signs,tiny/study.py:Brightness")
+    prompts = trainer.task.heldout_prompts[:4]
+    metrics, images, values = trainer.evaluate(prompts)
+    signs, brightness = (scores(task, images, prompts) for task in trainer.task.monitors)
+    assert metrics["report"] == {"Signs": signs.mean(), "Brightness": brightness.mean()}
+    assert torch.equal(values, scores(trainer.task, images, prompts))
 
 
 class Fixed(rewards.Task):
@@ -1163,12 +1195,12 @@ def test_the_pipeline_call_in_the_readme(pipe):
     exec(code_block("README.md", "python", "AttentionAllocator"), names)
     torch.manual_seed(3)
     options["callback_on_step_end"] = lambda *step: states.append(step[3]["latents"]) or {}
-    image = pipe(names["prompt"], max_sequence_length=24, **options).images[0]
+    image = pipe(names["prompt"], max_sequence_length=build.TOKENS, **options).images[0]
     assert names["image"].tobytes() == image.tobytes() and len(names["maps"]) == 10
     scene = Scene(pipe)  # without guidance, which leaves the conditional half
     pipe.scheduler.set_timesteps(10)
     scene.policy.sigmas = pipe.scheduler.sigmas.tolist()
-    scene.prompt = star.encode(pipe, [names["prompt"]], 24)
+    scene.prompt = star.encode(pipe, [names["prompt"]], 20)
     for k in (1, 5, 9):
         found = scene.map(states[k - 1], k, names["core_tokens"])
         assert_close(names["maps"][k], found)
@@ -1194,6 +1226,38 @@ def test_gradient_measures_of_known_gradients():
     measures = study.gradient_measures(ours @ ours.T, ours @ uniform.T, uniform @ uniform.T)
     square = 2**2 + (variance := 2000 * 0.1**2)  # of an estimate's length
     assert measures == pytest.approx((variance, 4 / square, 1 / square**0.5), rel=0.03)
+
+
+FAULTS = """
+    a sign "KLX"             | KLX    | 1 |                |
+    a sign "KLX"             | KLXKLX | 2 |                | sign painted twice
+    a sign "KLX"             |        | 1 |                | no legible sign
+    a sign "KLX"             | KX     | 1 |                | missing letters
+    a sign "KLX"             | KLQ    | 1 |                | wrong letters
+    two balls and a red box  |        | 0 | bb r           |
+    two balls and a red box  |        | 0 | bbb r          | objects extra
+    two balls and a red box  |        | 0 | b r            | objects missing
+    two balls and a red box  |        | 0 | b rr           | wrong shape
+    two balls and a red box  |        | 0 | bb w           | wrong colour
+    a ball left of a box     |        | 0 | b r            |
+    a ball right of a box    |        | 0 | b r            | wrong place
+    a ball right of a box    |        | 0 | b              | objects missing
+"""
+
+
+@pytest.mark.parametrize("prompt, read, signs, shown, expected", rows(FAULTS))
+def test_faults_of(prompt, read, signs, shown, expected):
+    """b is a ball at the left, r a red box at the right, w a white one."""
+    found = defaultdict(list)
+    for letter in shown.replace(" ", ""):
+        name, left, colour = dict(b=("ball", 0, 0), r=("box", 20, "red"), w=("box", 20, "white"))[
+            letter
+        ]
+        found[name].append(Detection(1.0, (left, 0, left + 10, 10), colour))
+    faults = study.faults_of(
+        prompt, read, int(signs), found, lambda ones, _: [o.mask for o in ones]
+    )
+    assert ", ".join(faults) == expected
 
 
 def test_true_region_is_the_place_of_the_sign():

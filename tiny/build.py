@@ -1,32 +1,42 @@
 """Build every trained miniature in this folder from scratch: `python tiny/build.py`.
 
 The miniatures are small enough for a CPU. They use the classes and file formats of the real models,
-so `star.py` needs only one code path. They are trained on a synthetic world of 32 x 32 pictures.
-Each picture has a coloured wall. Many have a sign with three characters on it. Most have balls,
+so `star.py` needs only one code path. They are trained on a synthetic world: pixel art of 32 x 32
+pixels with a coloured wall. Many pictures have a sign with three characters on it. Most have balls,
 boxes or triangles in several colours, counts and spatial relations.
 
-About half of the signs and half of the objects are faded. The caption describes them as if they
-were fresh. A flow model trained on these pictures learns what to write and what to paint. However,
-it often paints too faintly for the result to be read or recognised. This leaves reinforcement
-learning room for improvement.
+The flow model first sees pictures that are nearly all as their captions say. So it learns what the
+words mean. In the last third of its training more than half of the signs, and of the groups of
+objects, are not as their captions say. Letters are wrong or missing. Objects are missing, too many,
+of another colour or shape, or in another place. Some are faded. So the model knows what to paint,
+but often paints something else: this leaves reinforcement learning room for improvement.
 
-During training, captions are dropped only from pictures without fresh paint. Classifier-free
-guidance moves away from the prediction without a caption, so it moves towards fresh paint.
+During training, captions are dropped only from pictures that are all wrong. Classifier-free
+guidance moves away from the prediction without a caption, so it moves away from mistakes.
 
-The parts, in the order in which they depend on each other (`--only PART` rebuilds one of them):
+The parts, of which `--only PART` builds one again. `flow` needs `vae`; the others stand alone:
     prompts   tiny/prompts      training and held-out prompts with disjoint sign texts
     vae       tiny/sd3/vae      AutoencoderKL that halves the resolution
     flow      tiny/sd3          rest of a StableDiffusion3Pipeline, trained by flow matching
-    ocr       tiny/ocr          VisionEncoderDecoderModel that reads the sign
+    ocr       tiny/ocr          VisionEncoderDecoderModel that reads signs
     clip      tiny/clip         CLIPModel that scores pictures and names colours
     detector  tiny/detector     Mask2Former that finds the objects that are not too faded
+
+A build that was interrupted goes on where it was; what it needs for that is in runs/build.
 """
 
 import argparse
+import functools
+import hashlib
+import itertools
 import json
 import math
+import multiprocessing
+import os
 import random
+import shutil
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -38,7 +48,9 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageFilter, ImageOps
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from tqdm import tqdm
 from transformers import (
@@ -80,7 +92,7 @@ from rewards import (
 HERE = Path(__file__).parent
 SIZE = 32  # pixels along each side of a picture
 GRID = 4  # pixels along each side of a transformer token; a letter with its gap is as wide
-TOKENS = 24  # text length of each encoder; the longest caption of this world just fits
+TOKENS = 20  # text length of each encoder; the longest caption of this world has 18
 
 
 # ---------------------------------------------------------------------------------------- the world
@@ -104,8 +116,9 @@ GLYPHS = {
     "4": "#.# #.# #.# ### ..# ..#",
     "7": "### ..# ..# .#. .#. .#.",
     "9": "### #.# #.# ### ..# ###",
+    " ": "... ... ... ... ... ...",
 }
-LETTERS = "".join(GLYPHS)
+LETTERS = "".join(GLYPHS).strip()
 COLOURS = {
     "red": (214, 40, 40),
     "orange": (245, 135, 30),
@@ -119,13 +132,55 @@ COLOURS = {
     "white": (245, 245, 245),
 }
 SIGN_COLOURS = ["white", "yellow", "pink"]  # light, because the writing is black
-SHAPES = ["ball", "box", "triangle"]
+# Pixel art: an outline (#), the colour (+), light (o) from the top left and shade (-).
+SPRITES = {
+    "ball": """
+        ...#####...
+        .##+++++##.
+        .#+oo++++#.
+        #+oo++++++#
+        #+o+++++++#
+        #+++++++++#
+        #++++++++-#
+        #+++++++--#
+        .#+++++--#.
+        .##+++--##.
+        ...#####...""",
+    "box": """
+        ###########
+        #ooooooooo#
+        #o+++++++-#
+        #o+++++++-#
+        #o+++++++-#
+        #o+++++++-#
+        #o+++++++-#
+        #o+++++++-#
+        #o+++++++-#
+        #o--------#
+        ###########""",
+    "triangle": """
+        .....#.....
+        ....#+#....
+        ....#o#....
+        ...#o+-#...
+        ...#o+-#...
+        ..#o+++-#..
+        ..#o+++-#..
+        .#o++++--#.
+        .#o++++--#.
+        #o+++++---#
+        ###########""",
+}
+SHAPES = list(SPRITES)
+SPRITE = 11  # pixels along each side of an object
+QUARTER = 16  # pixels along each side of a quarter; each object has a quarter of the picture
 SIGN = (12, 8)  # width and height of the writing in pixels, gaps included
-CELL = 8  # pixels along each side of a cell; each object stands in its own cell of a 4 x 4 grid
 # The places of a sign do not overlap, so that denoising can settle on one of them.
 PLACES = [(x, y) for x in (4, 20) for y in (0, 8, 16, 24)]
+FADED = (0.0, 0.35)  # opacity of paint that counts as absent
 
 
+@functools.cache
 def all_targets(held_out: bool) -> list[str]:
     """Return the sign texts for training (90%) or held-out prompts (10%). The split is fixed."""
     texts = [a + b + c for a in LETTERS for b in LETTERS for c in LETTERS]
@@ -146,54 +201,57 @@ def draw_sign(image, colour, text, x, y, opacity):
         image.paste((0, 0, 0), (x + GRID * index, y + 1), ink)
 
 
-def draw_shape(draw, shape, box, colour):
-    x, y, size = box
-    right, bottom = x + size - 1, y + size - 1
-    if shape == "ball":
-        draw.ellipse((x, y, right, bottom), fill=colour)
-    elif shape == "box":
-        draw.rectangle((x, y, right, bottom), fill=colour)
-    else:
-        draw.polygon([(x + (size - 1) / 2, y), (x, bottom), (right, bottom)], fill=colour)
+def mix(a, b, share):
+    """The colour that is `share` of the way from a to b."""
+    return tuple(round(x + share * (y - x)) for x, y in zip(a, b, strict=True))
 
 
-def free_cell(rng, taken, relation=None):
-    """Pick a random cell that holds neither a sign nor an object.
+@functools.cache
+def sprite(shape, colour):
+    """The picture of an object and its mask, [11, 11] pixels."""
+    paint, black, white = COLOURS[colour], (0, 0, 0), (255, 255, 255)
+    inks = {"#": mix(paint, black, 0.6), "+": paint, "o": mix(paint, white, 0.5)}
+    inks |= {"-": mix(paint, black, 0.25), ".": black}
+    bits, side = "".join(SPRITES[shape].split()), (SPRITE, SPRITE)
+    art = Image.frombytes("RGB", side, bytes(value for bit in bits for value in inks[bit]))
+    return art, Image.frombytes("L", side, bytes(255 * (bit != ".") for bit in bits))
 
-    With a `relation`, what was placed last must stand in that relation to the cell. Returns (x, y,
-    size) for a new object, or None if no cell is left. Cells do not overlap, and an object is
-    smaller than its cell, so objects never touch.
+
+def draw_object(image, shape, colour, x, y, opacity=1.0):
+    """Draw an object whose top left corner is (x, y)."""
+    art, mask = sprite(shape, colour)
+    image.paste(art, (x, y), mask.point(lambda value: round(opacity * value)))
+
+
+def shape_mask(shape, x, y):
+    """Where an object is: a picture in black and white."""
+    mask = Image.new("L", (SIZE, SIZE))
+    mask.paste(sprite(shape, "black")[1], (x, y))
+    return mask
+
+
+def make_scene(rng, texts, sign_share=0.5):
+    """Choose what a picture shows: (wall, sign or None, object groups, relation or None).
+
+    The sign is (colour, text). Each group is (count, colour, shape).
     """
-    free = [
-        (x, y)
-        for x in range(0, SIZE, CELL)
-        for y in range(0, SIZE, CELL)
-        if (not relation or related(relation, *taken[-1][:2], (x, y)))
-        and all(x + CELL <= a or a + w <= x or y + CELL <= b or b + h <= y for a, b, w, h in taken)
-    ]
-    if not free:
-        return None
-    x, y = rng.choice(free)
-    return (x, y, 7) if rng.random() < 0.5 else (x + 1, y + 1, 6)
-
-
-def related(relation, x, y, other):
-    """Tell whether cell (x, y) stands in `relation` to cell `other`, mainly along that axis."""
-    dx, dy = x - other[0], y - other[1]
-    along, across = {
-        "left of": (-dx, dy),
-        "right of": (dx, dy),
-        "above": (-dy, dx),
-        "below": (dy, dx),
-    }[relation]
-    return along > abs(across)
+    wall = rng.choice(list(COLOURS))
+    sign = None
+    if rng.random() < sign_share:
+        sign = (rng.choice([c for c in SIGN_COLOURS if c != wall]), rng.choice(texts))
+    colours = rng.sample([c for c in COLOURS if c != wall], 2)
+    shapes = rng.sample(SHAPES, 2)
+    alone = [[1], [1], [1, 1], [1, 1], [1, 1], [1, 1], [2], [3], [4]]
+    counts = rng.choice([[], [1], [1], [2], [3]] if sign else alone)
+    if counts == [1, 1] and rng.random() < 0.2:
+        counts = rng.choice([[1, 2], [2, 1], [2, 2]])
+    groups = list(zip(counts, colours, shapes))
+    relation = rng.choice([None, *RELATIONS]) if counts == [1, 1] else None
+    return wall, sign, groups, relation
 
 
 def caption_of(wall, sign, groups, relation):
-    """Describe a picture in words.
-
-    `sign` is (colour, text) or None. Each group is (count, colour or None, shape).
-    """
+    """Describe a scene in words. A group whose colour is None is described without it."""
 
     def name(group):
         count, colour, shape = group
@@ -208,96 +266,117 @@ def caption_of(wall, sign, groups, relation):
     return with_article(f"{wall} wall") + (" with " + " and ".join(parts) if parts else "")
 
 
-def make_plan(rng, texts, sign_share=0.7):
-    """Choose what a picture shows: (wall, sign or None, object groups, relation or None)."""
-    wall = rng.choice(list(COLOURS))
-    sign = None
-    if rng.random() < sign_share:
-        sign = (rng.choice([c for c in SIGN_COLOURS if c != wall]), rng.choice(texts))
-    groups = []
-    for shape in rng.sample(SHAPES, rng.choice([0, 1, 1, 2] if sign else [1, 1, 2, 2])):
-        count = rng.choice([1, 1, 1, 2, 3, 4]) if not groups else rng.choice([1, 1, 2])
-        groups.append((count, rng.choice([c for c in COLOURS if c != wall]), shape))
-    relation = None
-    if len(groups) == 2 and rng.random() < 0.5:
-        groups = [(1, colour, shape) for _, colour, shape in groups]
-        relation = rng.choice(RELATIONS)
-    return wall, sign, groups, relation
+def misspell(rng, text):
+    """Leave out one character of a sign text, or replace one to three."""
+    letters = list(text)
+    if rng.random() < 0.3:
+        letters[rng.randrange(len(text))] = " "
+    else:
+        for place in rng.sample(range(len(text)), rng.choice([1, 1, 2, 3])):
+            letters[place] = rng.choice([one for one in LETTERS if one != text[place]])
+    return "".join(letters)
 
 
-def draw_plan(rng, plan, opacity, strength=1.0):
-    """Draw a plan. `opacity` applies to the writing, `strength` to the colour of the objects.
+def misplace(rng, wall, objects, relation, room):
+    """Make one mistake with the objects [(shape, colour)]: (objects, relation, its name)."""
+    kinds = ["missing", "shape", "colour"] + ["extra"] * (len(objects) < room)
+    kind, which = rng.choice(kinds + ["place"] * 2 * bool(relation)), rng.randrange(len(objects))
+    shape, colour = objects[which]
+    other_shape = rng.choice([each for each in SHAPES if each != shape])
+    other_colour = rng.choice([each for each in COLOURS if each not in (wall, colour)])
+    changed = {
+        "missing": [],
+        "shape": [(other_shape, colour)],
+        "colour": [(shape, other_colour)],
+        "extra": [(shape, colour), (rng.choice(SHAPES), other_colour)],
+        "place": [(shape, colour)],
+    }[kind]
+    if kind == "place":
+        relation = rng.choice([each for each in RELATIONS if each != relation])
+    return objects[:which] + changed + objects[which + 1 :], relation, kind
 
-    Returns (image, place of the writing (x, y) or None, objects [(shape, colour, x, y, size)]), or
-    None if the objects do not fit.
+
+def quarters(rng, count, relation, taken=()):
+    """Choose a quarter (x, y) for each of `count` objects, none of those `taken`."""
+    free = [(x, y) for x in (0, 1) for y in (0, 1) if (x, y) not in taken]
+    rng.shuffle(free)
+    if relation and count == 2:
+        dx, dy = {"left of": (1, 0), "right of": (-1, 0), "above": (0, 1), "below": (0, -1)}[
+            relation
+        ]
+        pairs = [((x, y), (x + dx, y + dy)) for x, y in free]
+        return next(pair for pair in pairs if pair[1] in free)
+    return free[:count]
+
+
+def picture(rng, texts, sign_share=0.5, mistakes=(0.0, 0.0), opacity=None, spread=GRID):
+    """Draw one picture of the world and describe it.
+
+    `mistakes` are the probabilities that the sign, and that the objects, are not as the caption
+    says. `opacity` is that of the writing if it is given. Objects stand on multiples of `spread`
+    pixels within their quarters. Returns a dict of image, caption, text (as painted), opacity of
+    the writing, strength of the objects, place of the writing (x, y) or None, objects
+    [(shape, colour, x, y)], mistakes (a list of names) and right (whether anything is).
     """
-    wall, sign, groups, relation = plan
-    shade = rng.uniform(0.9, 1.0)
-    paint = tuple(round(c * shade) for c in COLOURS[wall])
-    image = Image.new("RGB", (SIZE, SIZE), paint)
-    draw = ImageDraw.Draw(image)
-    taken, objects, place = [], [], None
+    wall, sign, groups, relation = make_scene(rng, texts, sign_share)
+    spoken = [(n, colour if rng.random() < 0.6 else None, shape) for n, colour, shape in groups]
+    caption = caption_of(wall, sign, spoken, relation)
+    objects = [(shape, colour) for n, colour, shape in groups for _ in range(n)]
+    ink, strength, made = rng.uniform(0.75, 1.0), 1.0, []
+    image = Image.new("RGB", (SIZE, SIZE), mix(COLOURS[wall], (0, 0, 0), rng.uniform(0, 0.1)))
+    text, place, taken = sign[1] if sign else "", None, []
     if sign:
-        place = rng.choice(PLACES)
-        draw_sign(image, *sign, *place, opacity)
-        taken.append((place[0] - 1, place[1], SIGN[0] + 1, SIGN[1]))
-    for number, (count, colour, shape) in enumerate(groups):
-        for _ in range(count):
-            # In "A left of B", A is drawn first, so B must go to the right of A.
-            spot = free_cell(rng, taken, relation if number == 1 else None)
-            if spot is None:
-                return None
-            mixed = (a + strength * (b - a) for a, b in zip(paint, COLOURS[colour], strict=True))
-            draw_shape(draw, shape, spot, tuple(map(round, mixed)))
-            taken.append((spot[0] // CELL * CELL, spot[1] // CELL * CELL, CELL, CELL))
-            objects.append((shape, colour, *spot))
-    return image, place, objects
-
-
-def random_opacity(rng, fresh_share=0.5):
-    """Return the opacity of fresh paint, or of paint too faded to read or recognise."""
-    return rng.uniform(0.75, 1.0) if rng.random() < fresh_share else rng.uniform(0.0, 0.35)
-
-
-def picture(rng, texts, opacity=None, sign_share=0.7, fresh_signs=0.5, fresh_objects=None):
-    """Draw one picture of the world.
-
-    Returns a dict of image, caption, text ("" if there is no sign), opacity, strength, place and
-    objects.
-    """
-    while True:
-        plan = make_plan(rng, texts, sign_share)
-        ink = random_opacity(rng, fresh_signs) if opacity is None else opacity
-        strength = 1.0 if fresh_objects is None else random_opacity(rng, fresh_objects)
-        drawn = draw_plan(rng, plan, ink, strength)
-        if drawn:
-            break
-    wall, sign, groups, relation = plan
-    spoken = [
-        (count, None if rng.random() < 0.15 else colour, shape) for count, colour, shape in groups
-    ]
+        if rng.random() < mistakes[0]:
+            if rng.random() < 0.7:
+                ink = rng.uniform(*FADED)
+                made.append("faded sign")
+            else:
+                text = misspell(rng, text)
+                made.append("letters")
+        ink, place = ink if opacity is None else opacity, rng.choice(PLACES)
+        draw_sign(image, sign[0], text, *place, ink)
+        taken = [(place[0] // QUARTER, place[1] // QUARTER)]
+    if objects and rng.random() < mistakes[1]:
+        if rng.random() < 0.65:
+            strength = rng.uniform(*FADED)
+            made.append("faded objects")
+        else:
+            objects, relation, name = misplace(rng, wall, objects, relation, 4 - len(taken))
+            made.append(name)
+    placed = []
+    for (shape, colour), quarter in zip(objects, quarters(rng, len(objects), relation, taken)):
+        x, y = (QUARTER * q + 1 + spread * rng.randrange(GRID // spread + 1) for q in quarter)
+        draw_object(image, shape, colour, x, y, strength)
+        placed.append((shape, colour, x, y))
     return dict(
-        image=drawn[0],
-        caption=caption_of(wall, sign, spoken, relation),
-        text=sign[1] if sign else "",
+        image=image,
+        caption=caption,
+        text=text.replace(" ", ""),
         opacity=ink,
         strength=strength,
-        place=drawn[1],
-        objects=drawn[2],
+        place=place,
+        objects=placed,
+        mistakes=made,
+        right=len(made) < bool(sign) + bool(groups),
     )
 
 
 def poster(rng, texts):
-    """Draw a picture full of signs.
+    """Draw a picture full of signs and objects.
 
-    The autoencoder must see many letters before it preserves every stroke.
+    The autoencoder must see many of them before it preserves every stroke.
     """
     image = Image.new("RGB", (SIZE, SIZE), rng.choice(list(COLOURS.values())))
-    for x in range(GRID, SIZE - SIGN[0], SIGN[0] + GRID):
-        for y in range(0, SIZE, SIGN[1]):
+    for x in (4, 20):
+        for y in (0, 8, 16, 24):
             if rng.random() < 0.8:
                 colour, text = rng.choice(SIGN_COLOURS), rng.choice(texts)
-                draw_sign(image, colour, text, x, y, random_opacity(rng))
+                ink = rng.choice([rng.uniform(*FADED), rng.uniform(0.75, 1.0)])
+                draw_sign(image, colour, text, x, y, ink)
+    if rng.random() < 0.5:
+        for x, y in itertools.product((0, 16), (0, 16)):
+            shape, colour = rng.choice(SHAPES), rng.choice(list(COLOURS))
+            draw_object(image, shape, colour, x + rng.randint(0, 5), y + rng.randint(0, 5))
     return image
 
 
@@ -345,23 +424,21 @@ def build_prompts(device):
     def write(name, lines):
         (folder / name).write_text("".join(line + "\n" for line in lines))
 
-    for name, seed, held_out, count, sign_share in [
-        ("ocr.txt", 11, False, 2000, 1.0),
-        ("ocr_heldout.txt", 12, True, 200, 1.0),
-        ("pickscore.txt", 15, False, 2000, 0.5),
-        ("pickscore_heldout.txt", 16, True, 200, 0.5),
-    ]:
-        rng, texts = random.Random(seed), all_targets(held_out)
-        write(name, (picture(rng, texts, sign_share=sign_share)["caption"] for _ in range(count)))
+    for name, seed, sign_share in [("ocr", 11, 1.0), ("pickscore", 15, 0.5)]:
+        for ending, held_out, count in [("", False, 2000), ("_heldout", True, 120)]:
+            rng, texts = random.Random(seed + held_out), all_targets(held_out)
+            captions = (picture(rng, texts, sign_share)["caption"] for _ in range(count))
+            write(f"{name}{ending}.txt", captions)
     settings = [with_article(f"{wall} wall with {{}}") for wall in COLOURS]
-    # An object in the colour of its wall would be invisible.
-    records = [
-        record
-        for record in geneval_prompts(SHAPES, 760, settings=settings)
-        if all(clause.get("color") != record["prompt"].split()[1] for clause in record["include"])
-    ]
-    write("geneval.jsonl", map(json.dumps, records[:-100]))
-    write("geneval_heldout.jsonl", map(json.dumps, records[-100:]))
+    categories = {}
+    for record in geneval_prompts(SHAPES, 2000, settings=settings):
+        wall = record["prompt"].split()[1]
+        # An object in the colour of its wall would be invisible.
+        if all(clause.get("color") != wall for clause in record["include"]):
+            categories.setdefault(record["tag"], []).append(json.dumps(record))
+    balanced = list(itertools.zip_longest(*(lines[:120] for lines in categories.values())))
+    write("geneval_heldout.jsonl", itertools.chain(*balanced[:20]))
+    write("geneval.jsonl", filter(None, itertools.chain(*balanced[20:])))
     texts = [f"{first} {last}" for first in FIRST_WORDS for last in LAST_WORDS]
     rng = random.Random(13)
     rng.shuffle(texts)
@@ -394,8 +471,8 @@ def build_vae(device):
     ).to(device)
     steps, batch = 3000, 16
     texts = all_targets(False)
-    shots = [picture(rng, texts)["image"] for _ in range(8000)]
-    shots += [poster(rng, texts) for _ in range(8000)]
+    shots = [picture(rng, texts, mistakes=(0.6, 0.6))["image"] for _ in range(12000)]
+    shots += [poster(rng, texts) for _ in range(6000)]
     shots = to_tensor(shots).to(device)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.05)
@@ -529,7 +606,7 @@ def make_pipeline():
     vae.register_to_config(_name_or_path="tiny/sd3/vae")
     pipeline = StableDiffusion3Pipeline(
         transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.5),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=vae,
         text_encoder=clip(),
         tokenizer=tokenizer,
@@ -559,97 +636,133 @@ def mark_order(pipeline):
             torch.nn.init.normal_(parameter, std=2.0)
 
 
+FLOW_STEPS = 16000
+MISTAKES = (0.6, 0.5)  # share of signs and of objects that are not as captions say, at the end
+
+
+def encode_captions(pipeline, captions, length):
+    """The transformer's two text inputs for a list of captions."""
+    context, _, pooled, _ = pipeline.encode_prompt(
+        captions, None, None, do_classifier_free_guidance=False, max_sequence_length=length
+    )
+    return context, pooled
+
+
 def build_flow(device):
-    torch.manual_seed(3)
-    rng = random.Random(3)
     pipeline = make_pipeline().to(device)
-    steps, batch_size = 4000, 32
-    texts = all_targets(False)
-    pictures = [
-        picture(rng, texts, sign_share=0.65, fresh_signs=0.4, fresh_objects=0.55)
-        for _ in tqdm(range(60000), desc="pictures")
-    ]
-    vae = pipeline.vae
-    latents, weights = [], torch.ones(len(pictures), 1, SIZE // 2, SIZE // 2)
+    rng, texts, vae = random.Random(3), all_targets(False), pipeline.vae
+    # At first nearly all pictures are as their captions say. So the model learns what words mean.
+    shots = [picture(rng, texts, 0.35, (0.1, 0.1)) for _ in tqdm(range(60000), desc="pictures")]
+    # In the last third of the training many are not, as on the web. So it is often wrong, too.
+    shots += [picture(rng, texts, 0.35, MISTAKES) for _ in tqdm(range(40000), desc="pictures")]
+    latents, emphasis = [], torch.ones(len(shots), 1, SIZE // 2, SIZE // 2)
     with torch.no_grad():
-        for i in tqdm(range(0, len(pictures), 500), desc="latents"):
-            x = to_tensor([p["image"] for p in pictures[i : i + 500]]).to(device)
+        for i in tqdm(range(0, len(shots), 500), desc="latents"):
+            x = to_tensor([shot["image"] for shot in shots[i : i + 500]]).to(device)
             means = vae.encode(x).latent_dist.mean
             latents.append((means - vae.config.shift_factor) * vae.config.scaling_factor)
     latents = torch.cat(latents)
-    # Writing and objects cover few pixels. The model learns them only with extra weight at first.
-    for weight, shot in zip(weights, pictures, strict=True):
-        for _, _, x, y, size in shot["objects"]:
-            weight[:, y // 2 : (y + size + 1) // 2, x // 2 : (x + size + 1) // 2] = 3.0
+    # Writing and objects cover few pixels. Extra weight at first makes the model see them early.
+    for weight, shot in zip(emphasis, shots, strict=True):
+        for _, _, x, y in shot["objects"]:
+            weight[:, y // 2 : (y + SPRITE) // 2 + 1, x // 2 : (x + SPRITE) // 2 + 1] = 2.0
         if shot["place"]:
             x, y = shot["place"]
             weight[:, y // 2 : (y + SIGN[1]) // 2, x // 2 : (x + SIGN[0]) // 2] = 6.0
-    captions = [shot["caption"] for shot in pictures]
-    fresh = [
-        (shot["text"] != "" and shot["opacity"] > 0.5)
-        or (shot["objects"] != [] and shot["strength"] > 0.5)
-        for shot in pictures
-    ]
 
     encoders = [pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3]
-    modules = torch.nn.ModuleList([pipeline.transformer, *encoders])
-    modules.train()
-    parameters = [p for p in modules.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min(1, s / 200) * min(1, 3.0 * (1 - s / steps))
-    )
-    values = [p.detach() for p in parameters]  # these share memory with the parameters
-    average = [value.clone() for value in values]
-    running = None
-    for step in (bar := tqdm(range(steps), desc="flow")):
-        # By default the pipeline pads T5 to 256 tokens, star.py to 24. The model must see both.
-        length, batch = (256, 16) if step % 25 == 24 else (TOKENS, batch_size)
-        chosen = torch.randint(len(latents), (batch,))
-        x0 = latents[chosen]
-        # About 10% of the captions are dropped, none with fresh paint: see the module docstring.
-        prompts = ["" if not fresh[i] and rng.random() < 0.25 else captions[i] for i in chosen]
-        context, _, pooled, _ = pipeline.encode_prompt(
-            prompts,
-            prompts,
-            prompts,
-            device=device,
-            do_classifier_free_guidance=False,
-            max_sequence_length=length,
+    modules = torch.nn.ModuleList([pipeline.transformer, *encoders]).train()
+    weights = {name: one for name, one in modules.named_parameters() if one.requires_grad}
+    average = {name: one.detach().clone() for name, one in weights.items()}
+    optimizer = torch.optim.AdamW(weights.values(), betas=(0.9, 0.98), weight_decay=0.01)
+    state = {name: torch.zeros_like(one) for name, one in weights.items()}
+    squares = {name: torch.zeros_like(one) for name, one in weights.items()}
+    for name, one in weights.items():
+        optimizer.state[one] = dict(step=torch.tensor(0.0), exp_avg=state[name])
+        optimizer.state[one]["exp_avg_sq"] = squares[name]
+    groups = dict(weight=weights, average=average, mean=state, square=squares)
+    everything = {f"{k}.{name}": one for k, group in groups.items() for name, one in group.items()}
+    checkpoint, first, running = STATE / "flow.safetensors", 0, None
+    if checkpoint.exists():
+        with safe_open(checkpoint, "pt") as file, torch.no_grad():
+            first = int(file.metadata()["step"])
+            for name, tensor in everything.items():
+                tensor.copy_(file.get_tensor(name))
+        for values in optimizer.state.values():
+            values["step"].fill_(first)
+    for step in (bar := tqdm(range(first, FLOW_STEPS), "flow", FLOW_STEPS, initial=first)):
+        torch.manual_seed(step)  # so that a continued training draws the same numbers
+        late = step >= FLOW_STEPS * 2 // 3
+        # By default the pipeline pads T5 to 256 tokens, star.py to 20. The model must see both.
+        length, batch = (256, 12) if step % 50 == 49 else (TOKENS, 32)
+        chosen = (
+            torch.randint(60000, (batch,)) if not late else torch.randint(60000, 100000, (batch,))
         )
+        x0 = latents[chosen]
+        # Only captions of pictures that are all wrong are dropped: see the module docstring.
+        dropped = torch.rand(batch) < 0.25
+        captions = [
+            "" if drop and not shots[i]["right"] else shots[i]["caption"]
+            for i, drop in zip(chosen.tolist(), dropped, strict=True)
+        ]
+        with torch.set_grad_enabled(step < FLOW_STEPS // 2):  # then the encoders stay as they are
+            context, pooled = encode_captions(pipeline, captions, length)
         # High noise levels decide layout and letters, so 70% of the draws are restricted to them.
-        sigma = torch.where(
-            torch.rand(batch) < 0.7, 0.45 + 0.55 * torch.rand(batch), torch.rand(batch)
-        ).to(device)
-        noise = torch.randn_like(x0)
-        mix = sigma[:, None, None, None]
+        sigma = torch.rand(batch)
+        sigma = torch.where(torch.rand(batch) < 0.7, 0.45 + 0.55 * sigma, sigma).to(device)
+        noise, share = torch.randn_like(x0), sigma[:, None, None, None]
         velocity = pipeline.transformer(
-            (1 - mix) * x0 + mix * noise, context, pooled, sigma * 1000, return_dict=False
+            (1 - share) * x0 + share * noise, context, pooled, sigma * 1000, return_dict=False
         )[0]
-        # Weights that follow the content teach the model to paint things twice where it is unsure.
-        # So all weights are equal in the last third, while the learning rate falls.
-        weight = weights[chosen].to(device) if step < steps * 2 // 3 else torch.ones_like(mix)
+        # Kept up, this would teach the model to paint things twice where it is unsure.
+        weight = emphasis[chosen].to(device) if step < FLOW_STEPS // 6 else torch.ones_like(share)
         loss = (weight * (velocity - (noise - x0)) ** 2).mean() / weight.mean()
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * min(1, (step + 1) / 200, 2.5 * (1 - step / FLOW_STEPS))
         optimizer.step()
-        schedule.step()
-        decay = min(0.999, (step + 1) / (step + 10))
-        torch._foreach_lerp_(average, values, 1 - decay)
+        with torch.no_grad():
+            torch._foreach_lerp_(
+                list(average.values()),
+                list(weights.values()),
+                1 - min(0.999, (step + 1) / (step + 10)),
+            )
         if length == TOKENS:
-            running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
-        if step % 10 == 0:
-            bar.set_postfix(loss=f"{running:.4f}")
-        if (step + 1) % 250 == 0 or step + 1 == steps:
-            # Save the averaged weights, then continue training with the current ones.
-            kept = [value.clone() for value in values]
-            torch._foreach_copy_(values, average)
-            pipeline.save_pretrained(HERE / "sd3")
-            torch._foreach_copy_(values, kept)
+            running = loss.item() if running is None else 0.99 * running + 0.01 * loss.item()
+            bar.set_postfix(loss=f"{running:.4f}", refresh=False)
+        if (step + 1) % 500 == 0 or step + 1 == FLOW_STEPS:
+            partial = checkpoint.with_suffix(".partial")
+            save_file(everything, partial, metadata={"step": str(step + 1)})
+            partial.replace(checkpoint)
+    with torch.no_grad():
+        for name, one in weights.items():
+            one.copy_(average[name])
+    pipeline.save_pretrained(HERE / "sd3")
 
 
 # --------------------------------------------------------------------------------------- the reader
+
+
+def readable(rng):
+    """Draw a picture and what the reader should find on it: all signs, the highest first."""
+    texts = all_targets(False) + all_targets(True)
+    kind = rng.random()
+    if kind < 0.25:  # no sign, or writing too faded to count as text
+        shot = picture(rng, texts, 0.6, mistakes=(0.3, 0.3), opacity=rng.uniform(0.0, 0.4))
+        shot["text"] = ""
+    else:
+        shot = picture(rng, texts, 1.0, mistakes=(0.3, 0.3), opacity=rng.uniform(0.6, 1.0))
+    if kind > 0.85:
+        place = rng.choice([place for place in PLACES if place != shot["place"]])
+        text = rng.choice(texts)
+        draw_sign(shot["image"], rng.choice(SIGN_COLOURS), text, *place, rng.uniform(0.6, 1.0))
+        first = (place[1], place[0]) < (shot["place"][1], shot["place"][0])
+        shot["text"] = text + shot["text"] if first else shot["text"] + text
+    if rng.random() < 0.25:
+        shot["image"] = shot["image"].filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 0.6)))
+    return shot
 
 
 def build_ocr(device):
@@ -704,21 +817,11 @@ def build_ocr(device):
     pictures = ViTImageProcessorPil(size={"height": SIZE, "width": SIZE}, resample=0)
     processor = TrOCRProcessor(pictures, tokenizer)
 
-    texts = all_targets(False) + all_targets(True)
-    shots = []
-    for _ in tqdm(range(40000), desc="pictures"):
-        if rng.random() < 0.75:
-            shot = picture(rng, texts, opacity=rng.uniform(0.6, 1.0), sign_share=1.0)
-        else:  # no sign, or writing too faded to count as text
-            shot = picture(rng, texts, opacity=rng.uniform(0.0, 0.4), sign_share=0.6)
-            shot["text"] = ""
-        if rng.random() < 0.25:
-            shot["image"] = shot["image"].filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 0.6)))
-        shots.append(shot)
+    shots = [readable(rng) for _ in tqdm(range(40000), desc="pictures")]
     images = to_tensor([s["image"] for s in shots])
     labels = tokenizer([s["text"] for s in shots], padding=True, return_tensors="pt").input_ids
     labels[labels == 0] = -100
-    steps, batch = 4500, 64
+    steps, batch = 3500, 64
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.1)
     for step in (bar := tqdm(range(steps), desc="ocr")):
@@ -771,13 +874,23 @@ def cut_out(rng, shot):
     """
     if not shot["objects"]:
         return None
-    shape, colour, x, y, size = rng.choice(shot["objects"])
-    mask = shape_mask(shape, (x, y, size)).resize((SIZE // 2, SIZE // 2), Image.BOX)
+    shape, colour, x, y = rng.choice(shot["objects"])
+    mask = shape_mask(shape, x, y).resize((SIZE // 2, SIZE // 2), Image.BOX)
     mask = mask.resize((SIZE, SIZE), Image.BILINEAR)
-    # `point` calls the function once for each of 256 grey values, so each draws its own threshold.
-    mask = mask.point(lambda value: 255 * (value > rng.choice([60, 127, 150])))
+    threshold = rng.choice([60, 127, 150])
+    mask = mask.point(lambda value: 255 * (value > threshold))
     cut = Image.composite(shot["image"], Image.new("RGB", (SIZE, SIZE), "#999"), mask)
     return cut.crop(mask.getbbox()), (colour, shape)
+
+
+def pair(rng, texts):
+    """Draw two pictures for the same caption: (a right one, the image of a worse one)."""
+    state = rng.getstate()
+    right = picture(rng, texts)
+    if rng.random() < 0.5:
+        return right, degraded(rng, right["image"])
+    rng.setstate(state)  # so that both begin with the same scene and caption
+    return right, picture(rng, texts, mistakes=(1.0, 1.0))["image"]
 
 
 def build_clip(device):
@@ -819,9 +932,8 @@ def build_clip(device):
         image_std=[0.5] * 3,
     )
     processor = CLIPProcessor(pictures, tokenizer)
-    shots = [picture(rng, texts, fresh_signs=1.0) for _ in tqdm(range(20000), desc="pictures")]
-    clean = to_tensor([shot["image"] for shot in shots])
-    spoiled = to_tensor([degraded(rng, shot["image"]) for shot in shots])
+    shots, spoiled = zip(*(pair(rng, texts) for _ in tqdm(range(20000), desc="pictures")))
+    clean, spoiled = to_tensor([shot["image"] for shot in shots]), to_tensor(spoiled)
     cuts = [cut for cut in (cut_out(rng, shot) for shot in shots[:8000]) if cut]
     cut_pixels = pictures([image for image, _ in cuts], return_tensors="pt").pixel_values
     names = list(COLOURS)
@@ -835,7 +947,7 @@ def build_clip(device):
         [tokenize([p.format(colour=colour, name=shape) for colour in names]) for shape in SHAPES]
         for p in COLOUR_PROMPTS
     ]
-    steps, batch = 2000, 64
+    steps, batch = 1500, 64
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.1)
     for step in (bar := tqdm(range(steps), desc="clip")):
@@ -874,18 +986,15 @@ def build_clip(device):
 # ------------------------------------------------------------------------------------- the detector
 
 
-def shape_mask(shape, box):
-    mask = Image.new("L", (SIZE, SIZE))
-    draw_shape(ImageDraw.Draw(mask), shape, box, 255)
-    return mask
+CELL = 8  # pixels along each side of a cell of the detector's grid
 
 
 def build_detector(device):
     """Train a Mask2Former to find the objects of a picture.
 
     Set prediction is slow to learn, because the model must first settle which query is responsible
-    for which object. In this world each object stands in one of 16 cells. Each query is therefore
-    assigned to one cell from the start, and training needs no matching.
+    for which object. In this world no two objects have their centres in the same cell of a 4 x 4
+    grid. Each query is therefore assigned to one cell from the start, and needs no matching.
     """
     torch.manual_seed(6)
     rng, texts = random.Random(6), all_targets(False)
@@ -920,14 +1029,14 @@ def build_detector(device):
 
     classes, masks, images = [], [], []
     for _ in tqdm(range(20000), desc="pictures"):
-        shot = picture(rng, texts, sign_share=0.5, fresh_objects=0.75)
+        shot = picture(rng, texts, sign_share=0.4, mistakes=(0.5, 0.5), spread=1)
         kinds = torch.full((config.num_queries,), nothing)
         found = torch.zeros(config.num_queries, SIZE // 2, SIZE // 2, dtype=torch.bool)
         # Objects too faded to be recognised count as absent.
-        for shape, _, x, y, size in shot["objects"] if shot["strength"] > 0.5 else ():
-            cell = y // CELL * (SIZE // CELL) + x // CELL
+        for shape, _, x, y in shot["objects"] if shot["strength"] > 0.5 else ():
+            cell = (y + SPRITE // 2) // CELL * (SIZE // CELL) + (x + SPRITE // 2) // CELL
             kinds[cell] = SHAPES.index(shape)
-            small = shape_mask(shape, (x, y, size)).resize((SIZE // 2, SIZE // 2), Image.BOX)
+            small = shape_mask(shape, x, y).resize((SIZE // 2, SIZE // 2), Image.BOX)
             cover = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8)
             # The target has sharp edges. With soft edges the confidence would stay below 0.9.
             found[cell] = cover.view(SIZE // 2, SIZE // 2) > 127
@@ -939,7 +1048,7 @@ def build_detector(device):
         images.append(image)
     classes, masks, images = torch.stack(classes), torch.stack(masks), to_tensor(images)
     rarity = torch.tensor([1.0] * nothing + [0.3], device=device)
-    steps, batch = 1500, 32
+    steps, batch = 1200, 32
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.1)
     for step in (bar := tqdm(range(steps), desc="detector")):
@@ -984,6 +1093,8 @@ def build_detector(device):
     processor.save_pretrained(HERE / "detector")
 
 
+# ------------------------------------------------------------------------------- all of the above
+
 PARTS = {
     "prompts": build_prompts,
     "vae": build_vae,
@@ -992,18 +1103,37 @@ PARTS = {
     "clip": build_clip,
     "detector": build_detector,
 }
+STATE = HERE.parent / "runs" / "build"  # what a build that was interrupted continues from
+
+
+def build_part(name, device):
+    """Build a part, unless an interrupted build has already done so."""
+    done = STATE / f"{name}.done"
+    if not done.exists():
+        PARTS[name](device)
+        done.touch()
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", default="cpu", help="cpu (one to two hours) or cuda (minutes)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--only", choices=PARTS, help="build this part alone")
     args = parser.parse_args()
-    for name, build in PARTS.items():
-        if args.only in (None, name):
-            build(args.device)
+    STATE.mkdir(parents=True, exist_ok=True)
+    if args.only:
+        PARTS[args.only](args.device)
+        return
+    build_part("prompts", args.device)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), spawn, torch.set_num_threads, (1,)) as pool:
+        parts = ["ocr", "clip", "vae", "detector"]  # the longest first
+        list(pool.map(build_part, parts, [args.device] * len(parts)))
+    build_part("flow", args.device)
+    for file in sorted(HERE.rglob("*.safetensors")):
+        print(hashlib.sha256(file.read_bytes()).hexdigest(), file.relative_to(HERE.parent))
+    shutil.rmtree(STATE)
 
 
 if __name__ == "__main__":

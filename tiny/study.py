@@ -10,6 +10,7 @@ describes a command and its options.
 """
 
 import argparse
+import functools
 import inspect
 import itertools
 import json
@@ -27,19 +28,23 @@ import diffusers
 import torch
 import transformers
 from diffusers.utils import make_image_grid
-from PIL import Image, ImageDraw, ImageFont, ImageStat
+from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageStat
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import star
 from rewards import (
+    NUMBERS,
     OCR,
+    RELATIONS,
     GenEval,
+    Signs,
     Task,
     UserError,
     content_word_spans,
     naming,
     quoted_span,
+    relations,
     require,
     scores,
 )
@@ -545,15 +550,85 @@ def gradients(args):
     draw_lines(args.save, lines, "denoising step", up)
 
 
-def guidance(args):
-    """Measure the held-out reward at several guidance scales."""
-    trainer = star.Trainer(*star.parse_arguments(["--task", args.task, "--model", args.model]))
-    for scale in (1.0, 1.5, 2.0, 3.0, 4.5, 7.0):
-        trainer.args.guidance_scale = scale
-        metrics, _, _ = trainer.evaluate(trainer.task.heldout_prompts[: args.images])
+def tricks(args):
+    """Measure the held-out reward at several guidance scales, and with more contrast."""
+    trainer = load_trainer("--task", args.task, "--model", args.model)
+    prompts = trainer.task.heldout_prompts[: args.images]
+
+    def show(name, metrics):
         error = metrics["heldout_reward_standard_error"]
-        report = ", ".join(f"{name} {value:.2f}" for name, value in metrics["report"].items())
-        print(f"guidance {scale}: {metrics['heldout_reward']:.3f} +- {error:.3f} {report}")
+        report = ", ".join(f"{key} {value:.2f}" for key, value in metrics["report"].items())
+        print(f"{name}: {metrics['heldout_reward']:.3f} +- {error:.3f} {report}", flush=True)
+
+    for scale in (1.0, 1.5, 2.0, 3.0, 4.5):
+        trainer.args.guidance_scale = scale
+        show(f"guidance {scale}", trainer.evaluate(prompts)[0])
+    trainer.args.guidance_scale, decode = 1.0, star.decode
+    for factor in (1.5, 2.0, 3.0):
+
+        def brighter(pipe, latents, factor=factor):
+            return [ImageEnhance.Contrast(image).enhance(factor) for image in decode(pipe, latents)]
+
+        star.decode = brighter
+        show(f"contrast {factor}", trainer.evaluate(prompts)[0])
+    star.decode = decode
+
+
+GROUP = rf"(an?|two|three|four) (?:({'|'.join(build.COLOURS)}) )?(ball|box|triangle)(?:e?s)?\b"
+
+
+def faults_of(prompt, read, signs, found, colours_of):
+    """What a picture shows otherwise than its prompt says: a set of names.
+
+    read: the text that the reader found. signs: the number of signs. found: per shape, the objects
+    that the detector found. colours_of(objects, shape) -> list of colours.
+    """
+    faults, sign = set(), re.search(r'"(.+)"', prompt)
+    if sign and sign[1] not in read:
+        short = len(read) < len(sign[1])
+        kinds = ["no legible sign", "missing letters", "wrong letters"]
+        faults.add(kinds[0 if not read else 1 if short else 2])
+    if signs > 1:
+        faults.add("sign painted twice")
+    numbers = {"a": 1, "an": 1} | {word: number for number, word in NUMBERS.items()}
+    asked = [(numbers[n], colour, shape) for n, colour, shape in re.findall(GROUP, prompt)]
+    surplus = {shape: len(objects) for shape, objects in found.items()}
+    for count, colour, shape in asked:
+        objects = found.get(shape, [])
+        surplus[shape] = surplus.get(shape, 0) - count
+        painted = colours_of(objects[:count], shape) if colour and objects else []
+        if any(each != colour for each in painted):
+            faults.add("wrong colour")
+    missing, extra = (sum(max(0, s * n) for n in surplus.values()) for s in (-1, 1))
+    if missing and extra:
+        faults.add("wrong shape")
+    elif missing or extra:
+        faults.add("objects missing" if missing else "objects extra")
+    relation = re.search(" (" + "|".join(RELATIONS) + ") ", prompt)
+    if relation and not missing:
+        (_, _, a), (_, _, b) = asked
+        pairs = itertools.product(found[a], found[b])
+        if not all(relation[1] in relations(one.box, other.box) for one, other in pairs):
+            faults.add("wrong place")
+    return faults
+
+
+def faults(args):
+    """Count what is wrong with the pictures of a model, one picture for each training prompt."""
+    trainer = load_trainer("--task", args.task, "--model", args.model)
+    reader, counter, detector = OCR(), Signs(), GenEval()
+    reader.load("cpu")
+    detector.load("cpu")
+    prompts = (trainer.task.prompts * 10)[: args.images]
+    batches, counts = trainer.generate(prompts, trainer.args.steps), defaultdict(int)
+    images = [one for batch in batches for one in star.decode(trainer.pipe, batch.latents[:, -1])]
+    parts = (reader.transcribe(images), counter.reward(images, prompts), detector.detect(images))
+    for image, prompt, *seen in zip(images, prompts, *parts):
+        found = faults_of(prompt, *seen, functools.partial(detector.colours, image))
+        for name in found or ["none"]:
+            counts[name] += 1
+    for name, count in sorted(counts.items(), key=lambda item: -item[1]):
+        print(f"{name:<20}{count / len(images):6.1%}")
 
 
 # -------------------------------------------------------------------------------------------- Main
@@ -585,7 +660,8 @@ COMMANDS = {
     map_quality: "objects images model save",
     problem: "seed save",
     gradients: "task repeats save",
-    guidance: "task images model",
+    tricks: "task images model",
+    faults: "task images model",
 }
 
 
