@@ -226,7 +226,7 @@ class OCR(Task):
 
 
 class Signs(Task):
-    """How many signs of the colour asked for a picture of the miniature's world shows.
+    """How often a picture of the miniature's world shows a sign of the colour asked for.
 
     A monitor: the OCR reward does not mind if a text is written twice.
     """
@@ -240,15 +240,18 @@ class Signs(Task):
         """
         counts = []
         for image, prompt in zip(images, prompts):
-            asked = re.search(r"(\w+) sign", prompt)
-            colour = torch.tensor(self.colours.get(asked and asked[1], (1.0, 0.0, 0.0)))
+            asked = re.search(r"(white|yellow|pink) sign", prompt)
+            if not asked or min(image.size) < 16:  # no place fits
+                counts.append(0)
+                continue
+            colour = torch.tensor(self.colours[asked[1]])
             pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).float()
             pixels = pixels.view(image.height, image.width, 3)[:, 3:]
             shade = (pixels @ colour) / (colour @ colour)  # 0 is black
             near = (pixels - shade[..., None] * colour).norm(dim=-1) < 45
             both = torch.stack([near, near & (shade > 0.6)]).float()
             near, light = F.avg_pool2d(both, kernel_size=(8, 13), stride=(8, 16))
-            counts.append(((near > 0.8) & (light > 0.6)).sum() if asked else 0)
+            counts.append(((near > 0.8) & (light > 0.6)).sum())
         return counts
 
 
@@ -616,15 +619,15 @@ def task_class(name):
         return TASKS[name]
     file, _, wanted = name.rpartition(":")
     choices = "ocr, geneval, pickscore, FILE.py:CLASS or a mix such as ocr:0.7,pickscore:0.3"
-    require(file.endswith(".py"), f"--task {name} is not known; choose {choices}")
-    require(Path(file).is_file(), f"--task {name}: there is no file {file}")
+    require(file.endswith(".py"), f"task {name} is not known; choose {choices}")
+    require(Path(file).is_file(), f"task {name}: there is no file {file}")
     sys.path.append(str(Path(file).resolve().parent))  # its helper modules
     spec = importlib.util.spec_from_file_location("own_task", file)
     module = sys.modules["own_task"] = importlib.util.module_from_spec(spec)  # dataclasses look
     spec.loader.exec_module(module)
     task = getattr(module, wanted, None)
     good = isinstance(task, type) and issubclass(task, Task) and hasattr(task, "reward")
-    require(good, f"--task {name}: {wanted} must be a subclass of rewards.Task with a reward")
+    require(good, f"task {name}: {wanted} must be a subclass of rewards.Task with a reward")
     return task
 
 

@@ -51,7 +51,7 @@ from safetensors.torch import save_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from rewards import UserError, make_task, naming, require, scores
+from rewards import UserError, make_task, naming, parts_of, require, scores
 
 
 # ---------------------------------------------------------------------------------------- Arguments
@@ -776,7 +776,7 @@ def parse_arguments(argv=None):
         full_size = config["sample_size"] >= 64
         unit = config["patch_size"] * 2 ** (len(vae["block_out_channels"]) - 1)  # pixels per token
         heights = range(unit, config["pos_embed_max_size"] * unit + 1, unit)
-    name = re.match(r"\w*", args.task)[0]
+    name = parts_of(args.task)[0][0]
     if full_size:
         parser.set_defaults(**FULL_SIZE | (FULL_SIZE_PICKSCORE if name == "pickscore" else {}))
     else:

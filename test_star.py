@@ -1005,6 +1005,9 @@ def test_signs_are_counted_by_their_colours(judges, count):
         build.draw_sign(shot["image"], colour, "KLX", *free[0], 1.0)
     right = scores(judges["signs"], images, prompts) == count
     assert right.sum() >= 190
+    black = Image.new("RGB", (32, 32), build.COLOURS["black"])
+    build.draw_object(black, "box", "white", 5, 1)
+    assert judges["signs"].reward([black], ['a black wall with a white sign "KLX"']) == [0]
 
 
 def test_monitors_are_logged_and_not_trained():
@@ -1080,7 +1083,8 @@ def test_the_task_in_the_readme(tmp_path):
 
 # --------------------------------------------------------------------------------------- Bad input
 EARLY = """
-    --task chess | --task chess is not known; choose ocr, geneval, pickscore
+    --task chess | task chess is not known; choose ocr, geneval, pickscore
+    --monitor signs,chess | task chess is not known; choose ocr, geneval, pickscore
     --task mine.py:Reward | there is no file mine.py
     --task rewards.py:Gone; --task rewards.py:read_lines; --task IN/mine.py:NoReward | be a subclass
     --task ocr:0,pickscore:0; --task ocr:-1,pickscore:2 | weights must be 0 or more and their sum

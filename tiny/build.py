@@ -6,10 +6,10 @@ pixels with a coloured wall. Many pictures have a sign with three characters on 
 boxes or triangles in several colours, counts and spatial relations.
 
 The flow model first sees pictures that are nearly all as their captions say. So it learns what the
-words mean. In the last third of its training more than half of the signs, and of the groups of
-objects, are not as their captions say. Letters are wrong or missing. Objects are missing, too many,
-of another colour or shape, or in another place. Some are faded. So the model knows what to paint,
-but often paints something else: this leaves reinforcement learning room for improvement.
+words mean. In the last third of its training about half of the signs and of the groups of objects
+are not as their captions say. Most of these are faded. Otherwise letters are wrong or missing, or
+objects are missing, too many, of another colour or shape, or in another place. So the model knows
+what to paint, but often paints something else: reinforcement learning has something to mend.
 
 During training, captions are dropped only from pictures that are all wrong. Classifier-free
 guidance moves away from the prediction without a caption, so it moves away from mistakes.
@@ -301,9 +301,8 @@ def quarters(rng, count, relation, taken=()):
     free = [(x, y) for x in (0, 1) for y in (0, 1) if (x, y) not in taken]
     rng.shuffle(free)
     if relation and count == 2:
-        dx, dy = {"left of": (1, 0), "right of": (-1, 0), "above": (0, 1), "below": (0, -1)}[
-            relation
-        ]
+        ways = {"left of": (1, 0), "right of": (-1, 0), "above": (0, 1), "below": (0, -1)}
+        dx, dy = ways[relation]  # from the first object to the second
         pairs = [((x, y), (x + dx, y + dy)) for x, y in free]
         return next(pair for pair in pairs if pair[1] in free)
     return free[:count]
@@ -314,8 +313,8 @@ def picture(rng, texts, sign_share=0.5, mistakes=(0.0, 0.0), opacity=None, sprea
 
     `mistakes` are the probabilities that the sign, and that the objects, are not as the caption
     says. `opacity` is that of the writing if it is given. Objects stand on multiples of `spread`
-    pixels within their quarters. Returns a dict of image, caption, text (as painted), opacity of
-    the writing, strength of the objects, place of the writing (x, y) or None, objects
+    pixels within their quarters. Returns a dict of image, caption, text (as painted), strength of
+    the objects, place of the writing (x, y) or None, objects
     [(shape, colour, x, y)], mistakes (a list of names) and right (whether anything is).
     """
     wall, sign, groups, relation = make_scene(rng, texts, sign_share)
@@ -352,7 +351,6 @@ def picture(rng, texts, sign_share=0.5, mistakes=(0.0, 0.0), opacity=None, sprea
         image=image,
         caption=caption,
         text=text.replace(" ", ""),
-        opacity=ink,
         strength=strength,
         place=place,
         objects=placed,
@@ -675,13 +673,12 @@ def build_flow(device):
     weights = {name: one for name, one in modules.named_parameters() if one.requires_grad}
     average = {name: one.detach().clone() for name, one in weights.items()}
     optimizer = torch.optim.AdamW(weights.values(), betas=(0.9, 0.98), weight_decay=0.01)
-    state = {name: torch.zeros_like(one) for name, one in weights.items()}
-    squares = {name: torch.zeros_like(one) for name, one in weights.items()}
+    everything = {}  # that a checkpoint must hold
     for name, one in weights.items():
-        optimizer.state[one] = dict(step=torch.tensor(0.0), exp_avg=state[name])
-        optimizer.state[one]["exp_avg_sq"] = squares[name]
-    groups = dict(weight=weights, average=average, mean=state, square=squares)
-    everything = {f"{k}.{name}": one for k, group in groups.items() for name, one in group.items()}
+        moments = dict(exp_avg=torch.zeros_like(one), exp_avg_sq=torch.zeros_like(one))
+        optimizer.state[one] = dict(step=torch.tensor(0.0), **moments)
+        parts = dict(weight=one, average=average[name], **moments)
+        everything |= {f"{part}.{name}": tensor for part, tensor in parts.items()}
     checkpoint, first, running = STATE / "flow.safetensors", 0, None
     if checkpoint.exists():
         with safe_open(checkpoint, "pt") as file, torch.no_grad():
@@ -740,6 +737,7 @@ def build_flow(device):
         for name, one in weights.items():
             one.copy_(average[name])
     pipeline.save_pretrained(HERE / "sd3")
+    checkpoint.unlink()  # the next training starts from nothing
 
 
 # --------------------------------------------------------------------------------------- the reader

@@ -585,9 +585,8 @@ def faults_of(prompt, read, signs, found, colours_of):
     """
     faults, sign = set(), re.search(r'"(.+)"', prompt)
     if sign and sign[1] not in read:
-        short = len(read) < len(sign[1])
-        kinds = ["no legible sign", "missing letters", "wrong letters"]
-        faults.add(kinds[0 if not read else 1 if short else 2])
+        shorter = "missing letters" if read else "no legible sign"
+        faults.add(shorter if len(read) < len(sign[1]) else "wrong letters")
     if signs > 1:
         faults.add("sign painted twice")
     numbers = {"a": 1, "an": 1} | {word: number for number, word in NUMBERS.items()}
