@@ -41,6 +41,7 @@ from star import AttentionAllocator, allocation_weights, position_log_prob, sde_
 
 sys.path.insert(0, str(Path(__file__).parent / "tiny"))
 import build  # the world that the miniatures were trained on
+import measure
 import study
 
 os.chdir(Path(__file__).parent)  # names such as tiny/sd3 start here
@@ -1221,6 +1222,21 @@ def test_area_under_roc_and_images_to_reach_by_hand():
         assert study.images_to_reach(lines, goal) == pytest.approx(images)
 
 
+def test_statistics_of_a_comparison_by_hand():
+    points = [(0, 0.0), (10, 1.0), (30, 1.0), (40, 0.0)]  # two halves and a rectangle of 20
+    lines = [dict(images=images, heldout_reward=reward) for images, reward in points]
+    assert study.area(lines) == pytest.approx((5 + 20 + 5) / 40)
+    assert study.sign_test([1] * 10) == pytest.approx(2 / 2**10)
+    assert study.sign_test([1] * 4 + [-1]) == pytest.approx(2 * (5 + 1) / 2**5)
+    assert study.sign_test([1, 0, 0, -1]) == 1
+    assert study.interval([0.3] * 7) == (0.3, 0.3)
+    # the median of three draws is the least of three values with probability 7 / 27
+    assert study.interval([0.1, 0.2, 0.3]) == (0.1, 0.3)
+    normal = torch.randn(400, generator=torch.manual_seed(0)).tolist()
+    low, high = study.interval(normal, 2000)  # the median's standard error is sqrt(pi / 2 n)
+    assert high - low == pytest.approx(2 * 1.96 * (math.pi / 800) ** 0.5, rel=0.25)
+
+
 def test_gradient_measures_of_known_gradients():
     """Signals at 60 degrees to each other, with noise of deviation 0.1 in 2,000 dimensions."""
     noise = 0.1 * torch.randn(2, 200, 2000)
@@ -1271,6 +1287,29 @@ def test_true_region_is_the_place_of_the_sign():
         truth[y // 4 : y // 4 + 2, x // 4 : x // 4 + 3] = True
         hits += torch.equal(study.true_region(OCR(), shot["image"]), truth)
     assert hits >= 36
+
+
+@pytest.mark.parametrize("options", ["--kl-weight 1 --ema-decay 0.5", "--optimizer adafactor"])
+def test_memory_of_a_fake_run_is_that_of_a_real_run(options):
+    """At every phase's peak. The fake run has the shapes, but no weights."""
+    options += " --prompts-per-iteration 1 --group-size 4 --batch-size 2 --steps 2"
+    options += " --stochastic-steps 1 --stochastic-range 0-1 --no-bfloat16 --device cpu"
+    settings, task = star.parse_arguments(options.split())
+    pipe, real = star.load_pipeline("tiny/sd3", dtype=torch.float32), measure.LiveBytes()
+    names = ["scheduler", "tokenizer", "tokenizer_2", "tokenizer_3"]
+    small = {name: getattr(pipe, name) for name in names}
+
+    def make(name):
+        kind, config = type(getattr(pipe, name)), getattr(pipe, name).config
+        return kind.from_config(config) if name in ("transformer", "vae") else kind(config)
+
+    fake = measure.count_fake_iteration(settings, task, make, small)
+    with real:
+        measure.count_iteration(settings, task, pipe, real)
+    phases = ("encode", "rollout", "decode", "update", "optimizer")
+    assert [fake.peaks[phase] for phase in phases] == pytest.approx(
+        [real.peaks[phase] for phase in phases], rel=0.02
+    )
 
 
 def test_shuffled_maps_have_the_same_values_in_other_places():

@@ -7,22 +7,31 @@ COMMAND --help` describes a command and its options. This is a tool for Linux.
 """
 
 import argparse
+import functools
 import inspect
+import itertools
 import json
-import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+import weakref
+from collections import defaultdict
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import build
 import diffusers
 import torch
+import torch.nn.functional as F
 import transformers
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -177,14 +186,25 @@ def overhead(args):
     print_rows({"iteration, CPU seconds": seconds, "peak memory, MiB": memory})
 
 
-# ---------------------------------------------------------------------- Stable Diffusion 3.5 Medium
-# Its published shapes. The vocabularies are those of CLIP and T5, the tokenizers the miniature's.
+# ------------------------------------------------------------------- Stable Diffusion's real shapes
+# As published. The vocabularies are those of CLIP and T5, the tokenizers the miniature's.
 # fmt: off
+SHAPES = {
+    "sd3.5-medium": dict(
+        num_layers=24, num_attention_heads=24, caption_projection_dim=1536,
+        dual_attention_layers=tuple(range(13)), qk_norm="rms_norm", pos_embed_max_size=384,
+    ),
+    "sd3-medium": dict(
+        num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=192,
+    ),
+    "sd3.5-large": dict(
+        num_layers=38, num_attention_heads=38, caption_projection_dim=2432,
+        qk_norm="rms_norm", pos_embed_max_size=192,
+    ),
+}
 TRANSFORMER = dict(
-    sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24,
-    attention_head_dim=64, num_attention_heads=24, joint_attention_dim=4096,
-    caption_projection_dim=1536, pooled_projection_dim=2048, pos_embed_max_size=384,
-    dual_attention_layers=tuple(range(13)), qk_norm="rms_norm",
+    sample_size=128, patch_size=2, in_channels=16, out_channels=16, attention_head_dim=64,
+    joint_attention_dim=4096, pooled_projection_dim=2048,
 )
 VAE = dict(
     down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
@@ -214,10 +234,10 @@ def make_clip(width, layers, heads, activation):
     return transformers.CLIPTextModelWithProjection(config)
 
 
-def make_part(name):
-    """A heavy part of a pipeline of SD3.5 Medium's shapes, with random weights."""
+def make_part(name, shapes="sd3.5-medium"):
+    """A heavy part of a full-size pipeline, with random weights."""
     if name == "transformer":
-        return diffusers.SD3Transformer2DModel(**TRANSFORMER)
+        return diffusers.SD3Transformer2DModel(**TRANSFORMER | SHAPES[shapes])
     if name == "vae":
         return diffusers.AutoencoderKL(**VAE)
     if name == "text_encoder":
@@ -230,6 +250,15 @@ def make_part(name):
 PARTS = ["transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"]
 
 
+def small_parts(t5):
+    """The parts of a full-size pipeline that have no weights."""
+    tokenizer = build.clip_tokenizer()
+    tokenizer.model_max_length = 77
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    small = dict(scheduler=scheduler, tokenizer=tokenizer, tokenizer_2=tokenizer)
+    return small | dict(tokenizer_3=build.t5_tokenizer() if t5 else None)
+
+
 def full_size(args):
     """Save a pipeline of SD3.5 Medium's shapes with random weights.
 
@@ -237,11 +266,7 @@ def full_size(args):
     with --no-t5.
     """
     torch.manual_seed(0)
-    tokenizer = build.clip_tokenizer()
-    tokenizer.model_max_length = 77
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    small = dict(scheduler=scheduler, tokenizer=tokenizer, tokenizer_2=tokenizer)
-    small["tokenizer_3"] = None if args.no_t5 else build.t5_tokenizer()
+    small = small_parts(not args.no_t5)
     with naming(f"--save {args.save}"):
         pipe = diffusers.StableDiffusion3Pipeline(**small, **dict.fromkeys(PARTS))
         pipe.save_pretrained(args.save)
@@ -258,83 +283,232 @@ def full_size(args):
 
 
 # ------------------------------------------------------------------------------------------ Memory
-def saved_bytes(layers, dual, checkpointing=False, pixels=512, tokens=77 + 256):
-    """Bytes that autograd keeps of one image for the backward pass, without weights.
+def tensors_of(module):
+    return [*module.parameters(), *module.buffers()]
 
-    The transformer has SD3.5 Medium's width and `layers` blocks, of which `dual` have two
-    attentions. The forward pass runs under bfloat16 autocast.
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that are alive, and remembers the peak of each phase.
+
+    Modules that wait on the CPU (`park`) do not count. What is alive at a peak is copied whenever
+    the peak has grown by 0.2%: {serial number of a storage: bytes}.
     """
-    shapes = dict(num_layers=layers, dual_attention_layers=tuple(range(dual)))
-    transformer = diffusers.SD3Transformer2DModel(**TRANSFORMER | shapes).train()
-    if checkpointing:
-        transformer.enable_gradient_checkpointing()
-    weights, shapes, kept = set(), set(), {}
-    for weight in transformer.parameters():
-        weights.add(weight.untyped_storage().data_ptr())
-        shapes |= {tuple(weight.shape), tuple(weight.shape[::-1])}
 
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        copy_of_weight = tuple(tensor.shape) in shapes  # autocast makes them
-        if storage.data_ptr() not in weights and not copy_of_weight:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def __init__(self):
+        super().__init__()
+        self.serial, self.bytes, self.parked, self.owners = {}, {}, {}, {}
+        self.total, self.phase, self.peaks, self.copies = 0, "load", {}, {}
+        self.count = itertools.count()
 
-    side = pixels // 8
-    inputs = torch.randn(1, 16, side, side), torch.randn(1, tokens, 4096), torch.randn(1, 2048)
-    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False), hooks:
-        output = transformer(*inputs, torch.tensor([500.0]))
-    del output
-    return sum(kept.values())
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.add(None, result)
+        return result
+
+    def add(self, owner, tensors):
+        """Count these tensors. `owner` is the name by which they are listed."""
+        for tensor in tree_iter(tensors):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key = storage._cdata  # another storage may have it when this one is gone
+                if key not in self.serial:
+                    self.serial[key] = next(self.count)
+                    self.bytes[self.serial[key]] = storage.nbytes()
+                    self.total += storage.nbytes()
+                    weakref.finalize(storage, self.remove, key).atexit = False
+                if owner:
+                    self.owners[self.serial[key]] = owner
+
+    def remove(self, key):
+        """The storage is freed."""
+        self.note_peak()
+        number = self.serial.pop(key)
+        self.total -= self.bytes.pop(number, 0)
+        self.parked.pop(number, None)
+
+    def note_peak(self):
+        """Called before memory is freed, which is when it is at its highest."""
+        if self.total > self.peaks.get(self.phase, -1):
+            self.peaks[self.phase] = self.total
+            copied = sum(self.copies.get(self.phase, {}).values())
+            if self.total > 1.002 * copied:
+                self.copies[self.phase] = dict(self.bytes)
+
+    def park(self, module):
+        """The module moves to the CPU."""
+        self.note_peak()
+        for tensor in tensors_of(module):
+            number = self.serial[tensor.untyped_storage()._cdata]
+            if number in self.bytes:
+                self.parked[number] = self.bytes.pop(number)
+                self.total -= self.parked[number]
+
+    def unpark(self, module):
+        """The module moves to the device."""
+        for tensor in tensors_of(module):
+            number = self.serial[tensor.untyped_storage()._cdata]
+            self.bytes[number] = self.parked.pop(number)
+            self.total += self.bytes[number]
+
+    def start(self, phase):
+        self.note_peak()
+        self.phase = phase
+
+    @contextmanager
+    def during(self, phase):
+        before = self.phase
+        self.start("load" if before == "load" else phase)
+        yield
+        self.start(before)
 
 
-def activation_bytes():
-    """What autograd keeps of one image at full depth: without and with gradient checkpointing."""
-    two, three = saved_bytes(2, 1), saved_bytes(3, 1)
-    dual, single = saved_bytes(3, 2) - two, three - two
-    rest = two - dual  # the last block, which drops the text, and what surrounds the blocks
-    border = saved_bytes(3, 1, True) - saved_bytes(2, 1, True)
-    return 13 * dual + 10 * single + rest, 24 * border + dual
+def to_dtype(module, *args):
+    """Module.to for fake tensors, which are on no device."""
+    dtypes = [each for each in args if isinstance(each, torch.dtype)]
+    for tensor in tensors_of(module):
+        if dtypes and tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtypes[0])
+    return module
+
+
+def copy_fake(tensor, memo):
+    """copy.deepcopy of a fake tensor, which would copy the mode, too."""
+    copied = tensor.detach().clone()
+    if isinstance(tensor, torch.nn.Parameter):
+        copied = torch.nn.Parameter(copied, tensor.requires_grad)
+    memo[id(tensor)] = copied
+    return copied
+
+
+def float_layer_norm(x, shape, weight=None, bias=None, eps=1e-5):
+    """As autocast does it on a GPU. On a CPU it would stay in bfloat16, which takes less memory."""
+    weight, bias = (each if each is None else each.float() for each in (weight, bias))
+    return torch.layer_norm(x.float(), shape, weight, bias, eps)
+
+
+def count_iteration(settings, task, pipe, live):
+    """One iteration of star.py on this pipeline while `live` counts."""
+    encoders = filter(None, [pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3])
+    originals = {name: getattr(star, name) for name in ("encode", "rollout", "decode")}
+
+    class Trainer(star.Trainer):
+        def policy(self, *args):
+            with unset_fake_temporarily():  # the sigmas are real numbers
+                return super().policy(*args)
+
+    @contextmanager
+    def on_device(device, *modules):
+        for module in modules:
+            live.unpark(module)
+        yield
+        for module in modules:
+            live.park(module)
+
+    def counted(name):
+        def call(*args):
+            with live.during(name):
+                result = originals[name](*args)
+            if name == "rollout":
+                live.add("rollouts", list(vars(result).values()))
+            return result
+
+        return call
+
+    def step(optimizer, args, kwargs):
+        live.add("gradients", [weight.grad for weight in trainer.transformer.parameters()])
+        live.start("optimizer")
+
+    task.load, task.monitors = lambda device: None, []
+    task.reward = lambda images, prompts: list(map(float, range(len(images))))
+    pipe.image_processor.postprocess = list
+    replaced = {name: counted(name) for name in originals}
+    with patch.multiple(star, on_device=on_device, load_pipeline=lambda *a, **k: pipe, **replaced):
+        for encoder in encoders:
+            live.add("text encoders", tensors_of(encoder))
+            live.park(encoder)
+        trainer = Trainer(settings, task)
+        live.add("VAE", tensors_of(pipe.vae))
+        live.add("weights", list(trainer.transformer.parameters()))
+        live.add("position table", list(trainer.transformer.buffers()))
+        for name in ("reference", "average"):
+            if copy := getattr(trainer, name):
+                live.add(name, tensors_of(copy))
+                live.park(copy)
+        for group in trainer.optimizer.param_groups:
+            group["fused"] = settings.optimizer == "adamw"  # as on a GPU
+        trainer.optimizer.register_step_pre_hook(step)
+        zero_grad = trainer.optimizer.zero_grad
+        trainer.optimizer.zero_grad = lambda: (zero_grad(), live.start("update"))
+        live.start("update")
+        trainer.iterate(1)
+        live.add("optimizer's state", [list(s.values()) for s in trainer.optimizer.state.values()])
+
+
+def count_fake_iteration(settings, task, make, small):
+    """The same for parts make(name) and `small` ones without weights, all of fake tensors."""
+    live, parts = LiveBytes(), small | {"text_encoder_3": None}
+    text = torch.bfloat16 if settings.bfloat16 else torch.float32
+    answers = {  # of tensors that have no content
+        "item": lambda tensor: 1,
+        "__bool__": lambda tensor: True,
+        "__index__": lambda tensor: 0,
+        "__deepcopy__": copy_fake,
+    }
+    replaced = [
+        patch.multiple(FakeTensor, **answers),
+        patch.object(torch.nn.Module, "to", to_dtype),
+        patch.object(F, "layer_norm", float_layer_norm),
+    ]
+    with FakeTensorMode(), live, replaced[0], replaced[1], replaced[2]:
+        for name in PARTS[: 5 if settings.t5 else 4]:
+            torch.set_default_dtype(text if name.startswith("text") else torch.float32)
+            parts[name] = make(name)
+        torch.set_default_dtype(torch.float32)
+        count_iteration(settings, task, diffusers.StableDiffusion3Pipeline(**parts), live)
+    return live
 
 
 def memory(args):
-    """Add up the memory of training at SD3.5 Medium's shapes.
+    """The peak memory of each phase of an iteration of star.py, without a GPU.
 
-    Weights are counted from the shapes. Activations are measured block by block.
+    star.py's own code runs with the real shapes and with fake tensors, which have a shape but no
+    content. We count the bytes of all tensors that are alive. Not counted are the models of the
+    reward, what CUDA itself takes (about half a GiB), the working space of its kernels, and gaps
+    between tensors. All options of star.py may be added.
     """
-    with torch.device("meta"):
-        parts = {name: make_part(name) for name in PARTS}
-    counts = {
-        name: sum(weight.numel() for weight in part.parameters()) for name, part in parts.items()
-    }
-    factored = 0  # Adafactor keeps a row and a column of each matrix
-    for weight in parts["transformer"].parameters():
-        factored += sum(weight.shape) if weight.dim() == 2 else math.prod(weight.shape)
-    settings, weights = star.Arguments(**star.FULL_SIZE), counts["transformer"]
+    with tempfile.TemporaryDirectory() as folder:
+        with torch.device("meta"):
+            for name in ("transformer", "vae"):
+                make_part(name, args.shapes).save_config(Path(folder, name))
+        options = ["--model", folder, "--device", "cpu", "--bfloat16"]
+        settings, task = star.parse_arguments([*options, *args.more])
     images = settings.prompts_per_iteration * settings.group_size
-    kept, checkpointed = activation_bytes()
-    clips = counts["text_encoder"] + counts["text_encoder_2"]
-    rollouts = images * (settings.steps + 1) * 16 * 64 * 64
-    maps = images * settings.stochastic_steps * (64 * 64 + 32 * 32)
-    rows = {
-        "transformer, float32": 4 * weights,
-        "gradients, float32": 4 * weights,
-        "AdamW's state, float32": 8 * weights,
-        "Adafactor's state instead": 4 * factored,
-        "reference for the KL, bfloat16, on the GPU while it is used": 2 * weights,
-        "average of the weights, float32, on the GPU while it is evaluated": 4 * weights,
-        "VAE, float32": 4 * counts["vae"],
-        "two CLIP text encoders, bfloat16, while they encode": 2 * clips,
-        "T5-XXL, bfloat16, while it encodes": 2 * counts["text_encoder_3"],
-        f"latents of {images} rollouts": 4 * rollouts,
-        f"log-probabilities and maps of {images} rollouts": 4 * maps,
-        "activations of one image, both halves of guidance": 2 * kept,
-        "the same with gradient checkpointing": 2 * checkpointed,
-    }
-    print("billion parameters: " + ", ".join(f"{n} {c / 1e9:.3f}" for n, c in counts.items()))
-    for name, size in rows.items():
-        print(f"{name:<66}{size / GIB:8.2f} GiB")
+    counted = min(images, 2 * settings.batch_size * settings.updates_per_iteration)
+    fewer = replace(settings, prompts_per_iteration=1, group_size=counted)
+    make = functools.partial(make_part, shapes=args.shapes)
+    live = count_fake_iteration(fewer, task, make, small_parts(settings.t5))
+    print(
+        f"{args.shapes}, {settings.height} pixels, {images} images, batches of"
+        f" {settings.batch_size}, {settings.optimizer}"
+    )
+    print_peaks(live, images / counted - 1)
+
+
+def print_peaks(live, more=0.0):
+    """Print the peak of each phase in GiB, and what it consists of.
+
+    `more` is how many times as many rollouts there are besides, which all wait for the update.
+    """
+    for phase in ("encode", "rollout", "decode", "update", "optimizer"):
+        peak = live.peaks[phase]
+        sizes = defaultdict(int)
+        for number, size in live.copies[phase].items():
+            sizes[live.owners.get(number, "activations and temporary tensors")] += size
+        extra = more * sizes["rollouts"]
+        sizes["rollouts"] += extra
+        largest = sorted(sizes.items(), key=lambda item: -item[1])
+        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in largest if size > GIB / 200)
+        print(f"{phase:<10}{(peak + extra) / GIB:7.2f} GiB: {parts}")
 
 
 # -------------------------------------------------------------------------------------------- Main
@@ -350,6 +524,9 @@ def make_parser():
         if function in (benchmark, overhead):
             about = "measured iterations of each (default: 5)"
             command.add_argument("--repeats", type=int, default=5, help=about)
+        if function is memory:
+            about = "whose shapes (default: sd3.5-medium)"
+            command.add_argument("--shapes", choices=SHAPES, default="sd3.5-medium", help=about)
         if function is benchmark:
             command.add_argument("--save", type=Path, help="JSON file to write")
         if function is full_size:
@@ -365,7 +542,7 @@ def main(argv=None):
     parser = make_parser()
     args, more = parser.parse_known_args(argv)
     args.more = [each for each in more if each != "--"]
-    if args.more and args.function is not benchmark:
+    if args.more and args.function not in (benchmark, memory):
         parser.error(f"unrecognized arguments: {' '.join(args.more)}")
     try:
         require(getattr(args, "repeats", 1) > 0, "--repeats must be 1 or more")

@@ -15,11 +15,16 @@ import inspect
 import itertools
 import json
 import math
+import multiprocessing
+import os
 import random
 import re
+import shutil
 import statistics
 import sys
 from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -151,6 +156,14 @@ class BrightnessByText(Brightness):
         return quoted_span(prompt)
 
 
+LOCATED = ("ocr", "geneval")  # tasks whose true region is known
+
+
+def short_name(task):
+    """A task's name in those of folders: tiny/study.py:Brightness is brightness."""
+    return re.sub(r"[^\w.]+", "-", task.rpartition(".py:")[2].lower())
+
+
 def tokens_of(mask):
     """The image tokens [8, 8] of which a mask [32, 32] covers a quarter or more."""
     return torch.nn.functional.avg_pool2d(mask[None].float(), build.GRID)[0] >= 0.25
@@ -199,6 +212,30 @@ def changed_maps(kind, task, pipe, samples, generator):
     return samples.maps
 
 
+class KindTrainer(star.Trainer):
+    """star.py's trainer with a kind of allocation from this file."""
+
+    kind = "spatial"
+
+    def weights(self, samples):
+        maps = changed_maps(self.kind, self.task, self.pipe, samples, None)
+        return super().weights(replace(samples, maps=maps))
+
+
+def train_kind(task, kind, seed, more=()):
+    """star.main for one run of this kind of allocation, in runs/TASK-KIND-SEED by default."""
+    known = re.fullmatch(r"uniform|spatial|spatiotemporal|shuffled|oracle|lam([\d.]+)", kind)
+    require(known, f"--kind {kind} is not known; `study.py train --help` lists the kinds")
+    located = kind != "oracle" or task in LOCATED
+    require(located, f"--kind oracle: the true region is not known for --task {task}")
+    torch.manual_seed(seed)  # of the shuffled maps
+    KindTrainer.kind, star.Trainer = kind, KindTrainer
+    folder = f"runs/{short_name(task)}-{kind}-{seed}"
+    options = ["--task", task, "--seed", f"{seed}", "--out", folder, "--lam", known[1] or "1"]
+    options += ["--allocation", kind if kind in ("uniform", "spatiotemporal") else "spatial"]
+    star.main([*options, *more])
+
+
 def train(args):
     """Train with one kind of allocation.
 
@@ -209,24 +246,7 @@ def train(args):
     finished image. Options that are not listed here are passed on to star.py, such as
     --learning-rate 1e-4.
     """
-    kind = re.fullmatch(r"uniform|spatial|spatiotemporal|shuffled|oracle|lam([\d.]+)", args.kind)
-    require(kind, f"--kind {args.kind} is not known; `study.py train --help` lists the kinds")
-    located = args.kind != "oracle" or args.task in ("ocr", "geneval")
-    require(located, f"--kind oracle: the true region is not known for --task {args.task}")
-    torch.manual_seed(args.seed)  # of the shuffled maps
-
-    class KindTrainer(star.Trainer):
-        def weights(self, samples):
-            maps = changed_maps(args.kind, self.task, self.pipe, samples, None)
-            return super().weights(replace(samples, maps=maps))
-
-    star.Trainer = KindTrainer
-    task = re.sub(r"[^\w.]+", "-", args.task.rpartition(".py:")[2].lower())
-    folder = f"runs/{task}-{args.kind}-{args.seed}"
-    options = ["--task", args.task, "--seed", f"{args.seed}", "--out", folder, "--allocation"]
-    options += [args.kind if args.kind in ("uniform", "spatiotemporal") else "spatial"]
-    options += ["--lam", kind[1] or "1"]
-    star.main(options + args.more)
+    train_kind(args.task, args.kind, args.seed, args.more)
 
 
 # ----------------------------------------------------------------------------------- Comparing runs
@@ -251,15 +271,43 @@ def images_to_reach(lines, goal):
     return math.inf
 
 
+def area(lines):
+    """The mean held-out reward over the images of a run, linear between evaluations."""
+    points = [(line["images"], line["heldout_reward"]) for line in lines]
+    pieces = ((d - b) * (a + c) / 2 for (b, a), (d, c) in itertools.pairwise(points))
+    return sum(pieces) / (points[-1][0] - points[0][0])
+
+
 def ratio(ours, theirs):
     return ours / theirs if 0 < theirs < math.inf else math.nan
 
 
 def spread(values, form):
     """The median of some values and, in brackets, the least and the most."""
+    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def interval(values, repeats=10_000):
+    """A 95% interval of the median: the bootstrap draws the seeds again, with replacement."""
+    rng = random.Random(0)
+    medians = sorted(statistics.median(rng.choices(values, k=len(values))) for _ in range(repeats))
+    return medians[round(0.025 * repeats)], medians[round(0.975 * repeats) - 1]
+
+
+def estimated(values, form):
+    """The median and its interval, or a dash if a run never reached the goal."""
     if any(map(math.isnan, values)):
         return "-"
-    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+    low, high = interval(values)
+    return f"{statistics.median(values):{form}} [{low:{form}}, {high:{form}}]"
+
+
+def sign_test(differences):
+    """Probability that so many of the differences, or more, have the same sign by chance."""
+    differences = [each for each in differences if each != 0]
+    count, ahead = len(differences), sum(each > 0 for each in differences)
+    tail = sum(math.comb(count, k) for k in range(max(ahead, count - ahead), count + 1))
+    return min(1.0, 2 * tail / 2**count)
 
 
 def read_runs(args):
@@ -268,9 +316,14 @@ def read_runs(args):
     for folder in args.runs:
         with naming(f"run {folder} (TASK-KIND-SEED), --report {args.report}"):
             task, kind, seed = Path(folder).resolve().name.rsplit("-", 2)
-            lines = runs.setdefault(kind, {})[int(seed)] = evaluations(folder)
+            rate = json.loads(Path(folder, "config.json").read_text())["learning_rate"]
+            lines = evaluations(folder)
             for line in lines if args.report else ():
                 line["heldout_reward"] = line["report"][args.report]
+        seeds = runs.setdefault(kind, {})
+        require(int(seed) not in seeds, f"two runs are of {kind} with seed {seed}")
+        seeds[int(seed)] = lines
+        lines[0]["learning_rate"] = rate
         tasks.add(task)
         schedules.add(tuple(line["images"] for line in lines))
     wanted = f"need runs of one task with the same evaluations, some of them {base}; these are of"
@@ -282,37 +335,34 @@ def read_runs(args):
 def compare(args):
     """Compare kinds of allocation seed by seed, in a Markdown table.
 
-    The others are compared with the kind --base. The runs must differ in nothing but kind and seed.
-    The table has the median over the seeds and, in brackets, the least and the most. A difference
-    exceeds the spread if it has the same sign on all seeds.
+    The others are compared with the kind --base. The runs must differ in nothing but kind, learning
+    rate and seed. In round brackets are the least and the most of the seeds, in square ones a 95%
+    interval of the median (bootstrap). p is the sign test's.
     """
     runs, base, goal, reward = read_runs(args), args.base, args.goal, "heldout_reward"
     first, name = [lines[0] for lines in runs[base].values()], args.report or "held-out reward"
-    rewards = ", ".join(f"{line[reward]:.3f}" for line in first)
-    error = statistics.mean(line[reward + "_standard_error"] for line in first)
-    tail = "" if args.report else f"; standard error of each {error:.3f}"
-    print(f"{name} before: {rewards}{tail}")
+    print(f"{name} before: {spread([line[reward] for line in first], '.3f')}")
     print(
-        f"| allocation | seeds | {name} at the end | mean over the run | against {base}, seed by"
-        f" seed | better on | images to {goal:.3g} | against {base} | images to {base}'s end,"
-        f" against {base} |\n" + "| --- " * 9 + "|"
+        f"| allocation | learning rate | seeds | {name} at the end | mean over the run | against"
+        f" {base} | better on | p | images to {goal:.3g} | against {base} |\n" + "| --- " * 10 + "|"
     )
     for kind, seeds in runs.items():
         rows = []
         for seed in sorted(seeds.keys() & runs[base].keys()):
             ours, theirs = seeds[seed], runs[base][seed]
-            mean, base_mean = (statistics.mean(x[reward] for x in each) for each in (ours, theirs))
-            reach, end = images_to_reach(ours, goal), theirs[-1][reward]
-            sooner = ratio(reach, images_to_reach(theirs, goal))
-            to_end = ratio(images_to_reach(ours, end), images_to_reach(theirs, end))
-            rows.append((ours[-1][reward], mean, mean - base_mean, reach, sooner, to_end))
+            reach, base_reach = images_to_reach(ours, goal), images_to_reach(theirs, goal)
+            gain = area(ours) - area(theirs)
+            rows.append((ours[-1][reward], area(ours), gain, reach, ratio(reach, base_reach)))
         require(rows, f"no run of {kind} has the seed of a run of {base}")
-        forms, (_, _, gains, *_) = (".3f", ".3f", "+.3f", ".0f", ".2f", ".2f"), zip(*rows)
-        columns = [spread(values, form) for values, form in zip(zip(*rows), forms)]
-        columns.insert(3, f"{sum(gain > 0 for gain in gains)} of {len(rows)}")
-        if kind == base:
-            columns[2] = columns[3] = columns[5] = columns[6] = ""
-        print(f"| {kind} | {len(rows)} | {' | '.join(columns)} |")
+        ends, areas, gains, reaches, ratios = zip(*rows)
+        ahead = f"{sum(gain > 0 for gain in gains)} of {len(rows)} | {sign_test(gains):.2g}"
+        against = f"{estimated(gains, '+.3f')} | {ahead}" if kind != base else " | | "
+        sooner = estimated(ratios, ".2f") if kind != base else ""
+        rates = ", ".join(sorted({f"{lines[0]['learning_rate']:g}" for lines in seeds.values()}))
+        print(
+            f"| {kind} | {rates} | {len(rows)} | {spread(ends, '.3f')} | {spread(areas, '.3f')} |"
+            f" {against} | {spread(reaches, '.0f')} | {sooner} |"
+        )
 
 
 def plot(args):
@@ -327,6 +377,73 @@ def plot(args):
         for line in evaluations(folder):
             points[line["images"]].append(line["heldout_reward"])
     draw_lines(args.save, lines, "images seen in training", "held-out reward, mean of the seeds")
+
+
+# --------------------------------------------------------------------------------- The whole study
+KINDS = ["uniform", "spatial", "spatiotemporal", "lam0.5", "shuffled", "oracle"]
+RATES = [1e-4, 2e-4, 4e-4, 8e-4]
+TUNING_SEEDS, FINAL_SEEDS = range(100, 104), range(10)
+
+
+def make_run(folder, task, kind, seed, options):
+    """Make a run, or continue one that was interrupted. What it prints goes to FOLDER.log."""
+    if not (done := folder / "done").exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        options = [*options, "--out", f"{folder}"] + ["--resume"] * (
+            folder / "config.json"
+        ).exists()
+        with open(f"{folder}.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
+            train_kind(task, kind, seed, options)
+        (folder / "checkpoint.safetensors").unlink()  # hundreds of runs would fill the disk
+        shutil.rmtree(folder / "pipeline")
+        done.touch()
+
+
+def sweep(args):
+    """Compare all kinds of allocation, each at its own best learning rate.
+
+    Each kind is run at each learning rate with the seeds 100 to 103. The best rate is that of the
+    highest mean reward over the run. At this rate each kind is run with the seeds 0 to 9, which are
+    compared. One thread a run. If it is interrupted, the same command goes on. Options that are not
+    listed here are passed on to star.py.
+    """
+    name, kinds = short_name(args.task), KINDS if args.task in LOCATED else KINDS[:-1]
+
+    def folder(kind, rate, seed):
+        return args.folder / f"{rate:g}" / f"{name}-{kind}-{seed}"
+
+    def make_all(runs, *options):
+        with ProcessPoolExecutor(os.cpu_count(), spawn, torch.set_num_threads, (1,)) as pool:
+            waiting = [
+                pool.submit(
+                    make_run,
+                    folder(kind, rate, seed),
+                    args.task,
+                    kind,
+                    seed,
+                    ["--learning-rate", f"{rate:g}", *options, *args.more],
+                )
+                for kind, rate, seed in runs
+            ]
+            for each in tqdm(as_completed(waiting), "runs", len(waiting)):
+                each.result()  # raises what the run raised
+
+    spawn = multiprocessing.get_context("spawn")
+    make_all(itertools.product(kinds, RATES, TUNING_SEEDS))
+    best = {}
+    print("mean reward over the run\n| allocation |" + "".join(f" {rate:g} |" for rate in RATES))
+    print("| --- " * (1 + len(RATES)) + "|")
+    for kind in kinds:
+        areas = {
+            rate: [area(evaluations(folder(kind, rate, seed))) for seed in TUNING_SEEDS]
+            for rate in RATES
+        }
+        best[kind] = max(RATES, key=lambda rate: statistics.mean(areas[rate]))
+        print(f"| {kind} |" + "".join(f" {spread(each, '.3f')} |" for each in areas.values()))
+    final = [(kind, best[kind], seed) for kind in kinds for seed in FINAL_SEEDS]
+    make_all(final, "--evaluate-every", "1")
+    args.runs = [folder(*run) for run in final]
+    compare(args)
 
 
 # ------------------------------------------------------------------------------ Quality of the maps
@@ -646,6 +763,7 @@ OPTIONS = {  # name: (default, help)
     "goal": (0.8, "held-out reward to be reached"),
     "base": ("uniform", "kind of allocation that the others are compared with"),
     "report": (None, "compare another number of the metrics, such as 'strict GenEval'"),
+    "folder": (Path("runs/study"), "where the runs are"),
     "objects": (False, "measure the words 'blue box' instead of a sign's text"),
     "images": (96, "number of images"),
     "repeats": (5, "number of estimates"),
@@ -655,6 +773,7 @@ COMMANDS = {
     maps: "words model seed steps guidance-scale height no-t5 max-sequence-length device save",
     train: "task kind seed",
     compare: "goal base report",
+    sweep: "task folder goal base report",
     plot: "save",
     map_quality: "objects images model save",
     problem: "seed save",
@@ -695,7 +814,7 @@ def main(argv=None):
     parser = make_parser()
     args, more = parser.parse_known_args(argv)
     args.more = [each for each in more if each != "--"]
-    if args.more and args.function is not train:
+    if args.more and args.function not in (train, sweep):
         parser.error(f"unrecognized arguments: {' '.join(args.more)}")
     try:
         args.save = Path(args.save)
