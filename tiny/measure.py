@@ -387,7 +387,7 @@ def float_layer_norm(x, shape, weight=None, bias=None, eps=1e-5):
 
 
 def count_iteration(settings, task, pipe, live):
-    """One iteration of star.py on this pipeline while `live` counts."""
+    """One iteration of star.py, not the first, on this pipeline while `live` counts."""
     encoders = filter(None, [pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3])
     originals = {name: getattr(star, name) for name in ("encode", "rollout", "decode")}
 
@@ -436,12 +436,16 @@ def count_iteration(settings, task, pipe, live):
                 live.park(copy)
         for group in trainer.optimizer.param_groups:
             group["fused"] = settings.optimizer == "adamw"  # as on a GPU
+        for weight in trainer.transformer.parameters():
+            weight.grad = torch.zeros_like(weight)
+        trainer.optimizer.step()  # creates the state, which is there from the second iteration on
+        trainer.optimizer.zero_grad()
+        live.add("optimizer's state", [list(s.values()) for s in trainer.optimizer.state.values()])
         trainer.optimizer.register_step_pre_hook(step)
         zero_grad = trainer.optimizer.zero_grad
         trainer.optimizer.zero_grad = lambda: (zero_grad(), live.start("update"))
         live.start("update")
         trainer.iterate(1)
-        live.add("optimizer's state", [list(s.values()) for s in trainer.optimizer.state.values()])
 
 
 def count_fake_iteration(settings, task, make, small):
