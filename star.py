@@ -119,7 +119,7 @@ TINY = dict(
     geneval=dict(
         prompts_per_iteration=6, batch_size=48, iterations=30, evaluate_every=15,
         evaluation_prompts=120, monitor="pickscore",
-        same_noise=False,  # from some noise no object ever appears: such a group teaches nothing
+        same_noise=False,  # with it the strict score stops rising earlier
     ),
     pickscore=dict(
         prompts_per_iteration=6, batch_size=48, iterations=16, evaluate_every=8,

@@ -1289,6 +1289,22 @@ def test_true_region_is_the_place_of_the_sign():
     assert hits >= 36
 
 
+def test_live_bytes_by_hand():
+    with measure.LiveBytes() as live:
+        layer = torch.nn.Linear(9, 10)  # 100 numbers of 4 bytes
+        live.start("work")
+        large = torch.zeros(1000)
+        view, other = large[:10], torch.zeros(500)
+        del large
+        assert live.total == 4 * (100 + 1000 + 500)  # the view keeps all of it
+        del view
+        live.park(layer)
+        assert live.total == 4 * 500
+        live.unpark(layer)
+        assert live.total == 4 * (500 + 100) and len(other) == 500
+    assert live.peaks["work"] == 4 * (100 + 1000 + 500)
+
+
 @pytest.mark.parametrize("options", ["--kl-weight 1 --ema-decay 0.5", "--optimizer adafactor"])
 def test_memory_of_a_fake_run_is_that_of_a_real_run(options):
     """At every phase's peak. The fake run has the shapes, but no weights."""

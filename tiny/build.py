@@ -8,9 +8,9 @@ boxes or triangles in several colours, counts and spatial relations.
 The flow model first sees pictures that are nearly all as their captions say. So it learns what the
 words mean. In the last quarter of its training about half of the signs and of the groups of
 objects are not as their captions say. About half of these are faded. Otherwise letters are wrong or
-missing, or objects are missing, too many, of another colour or shape, or in another place, and what
-is there is pale: who paints carelessly is careless about both. So the model knows what to paint,
-but often paints something else: reinforcement learning has something to mend.
+missing, or objects are missing, too many, of another colour or shape, or in another place. These
+mistakes are painted pale, so that all mistakes have something in common that can be unlearned. So
+the model knows what to paint, but often paints something else, which reinforcement learning mends.
 
 During training, captions are dropped only from pictures that are all wrong. Classifier-free
 guidance moves away from the prediction without a caption, so it moves away from mistakes.
@@ -320,7 +320,7 @@ def picture(rng, texts, sign_share=0.5, mistakes=(0.0, 0.0), opacity=None, sprea
     [(shape, colour, x, y)], mistakes (a list of names) and right (whether anything is).
     """
     wall, sign, groups, relation = make_scene(rng, texts, sign_share)
-    share = rng.choice([0.5, 1.0])  # of the colours that are said: often all of them
+    share = rng.choice([0.5, 1.0])  # half or all of the colours are said
     spoken = [(n, colour if rng.random() < share else None, shape) for n, colour, shape in groups]
     caption = caption_of(wall, sign, spoken, relation)
     objects = [(shape, colour) for n, colour, shape in groups for _ in range(n)]

@@ -339,9 +339,8 @@ class LiveBytes(TorchDispatchMode):
         self.note_peak()
         for tensor in tensors_of(module):
             number = self.serial[tensor.untyped_storage()._cdata]
-            if number in self.bytes:
-                self.parked[number] = self.bytes.pop(number)
-                self.total -= self.parked[number]
+            self.parked[number] = self.bytes.pop(number)
+            self.total -= self.parked[number]
 
     def unpark(self, module):
         """The module moves to the device."""
@@ -382,8 +381,9 @@ def copy_fake(tensor, memo):
 
 def float_layer_norm(x, shape, weight=None, bias=None, eps=1e-5):
     """As autocast does it on a GPU. On a CPU it would stay in bfloat16, which takes less memory."""
-    weight, bias = (each if each is None else each.float() for each in (weight, bias))
-    return torch.layer_norm(x.float(), shape, weight, bias, eps)
+    if torch.is_autocast_enabled("cpu"):
+        x, weight, bias = (each if each is None else each.float() for each in (x, weight, bias))
+    return torch.layer_norm(x, shape, weight, bias, eps)
 
 
 def count_iteration(settings, task, pipe, live):

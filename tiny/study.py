@@ -5,8 +5,8 @@ prompt (--model stabilityai/stable-diffusion-3.5-medium for a real one):
 
     python tiny/study.py maps 'a white wall with a red ball' --words 'red ball' --save maps.png
 
-`train` makes the runs that `compare` and `plot` read. `python tiny/study.py COMMAND --help`
-describes a command and its options.
+`train` makes the runs that `compare` and `plot` read, `sweep` makes and compares all of them.
+`python tiny/study.py COMMAND --help` describes a command and its options.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import shutil
 import statistics
 import sys
 from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -389,9 +389,8 @@ def make_run(folder, task, kind, seed, options):
     """Make a run, or continue one that was interrupted. What it prints goes to FOLDER.log."""
     if not (done := folder / "done").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        options = [*options, "--out", f"{folder}"] + ["--resume"] * (
-            folder / "config.json"
-        ).exists()
+        begun = (folder / "config.json").exists()
+        options = [*options, "--out", f"{folder}"] + ["--resume"] * begun
         with open(f"{folder}.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
             train_kind(task, kind, seed, options)
         (folder / "checkpoint.safetensors").unlink()  # hundreds of runs would fill the disk
@@ -413,22 +412,14 @@ def sweep(args):
         return args.folder / f"{rate:g}" / f"{name}-{kind}-{seed}"
 
     def make_all(runs, *options):
+        jobs = []
+        for kind, rate, seed in runs:
+            more = ["--learning-rate", f"{rate:g}", *options, *args.more]
+            jobs.append((folder(kind, rate, seed), args.task, kind, seed, more))
+        spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(os.cpu_count(), spawn, torch.set_num_threads, (1,)) as pool:
-            waiting = [
-                pool.submit(
-                    make_run,
-                    folder(kind, rate, seed),
-                    args.task,
-                    kind,
-                    seed,
-                    ["--learning-rate", f"{rate:g}", *options, *args.more],
-                )
-                for kind, rate, seed in runs
-            ]
-            for each in tqdm(as_completed(waiting), "runs", len(waiting)):
-                each.result()  # raises what the run raised
+            list(tqdm(pool.map(make_run, *zip(*jobs)), "runs", len(jobs)))
 
-    spawn = multiprocessing.get_context("spawn")
     make_all(itertools.product(kinds, RATES, TUNING_SEEDS))
     best = {}
     print("mean reward over the run\n| allocation |" + "".join(f" {rate:g} |" for rate in RATES))
