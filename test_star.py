@@ -1223,9 +1223,9 @@ def test_area_under_roc_and_images_to_reach_by_hand():
 
 
 def test_statistics_of_a_comparison_by_hand():
-    points = [(0, 0.0), (10, 1.0), (30, 1.0), (40, 0.0)]  # two halves and a rectangle of 20
+    points = [(0, 0.0), (10, 1.0), (30, 1.0), (40, 0.5)]
     lines = [dict(images=images, heldout_reward=reward) for images, reward in points]
-    assert study.area(lines) == pytest.approx((5 + 20 + 5) / 40)
+    assert study.area(lines) == pytest.approx((5 + 20 + 7.5) / 40)
     assert study.sign_test([1] * 10) == pytest.approx(2 / 2**10)
     assert study.sign_test([1] * 4 + [-1]) == pytest.approx(2 * (5 + 1) / 2**5)
     assert study.sign_test([1, 0, 0, -1]) == 1
