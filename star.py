@@ -72,8 +72,8 @@ class Arguments:
     out: str = arg(None, "output folder; runs/TASK-ALLOCATION-SEED if not given")
     resume: bool = arg(False, "continue the run in the output folder")
     seed: int = arg(0, "seed of prompts and noise", 0, 2**32)
-    iterations: int = arg(20, "iterations of sampling and updating")
-    evaluate_every: int = arg(20, "iterations between evaluations")
+    iterations: int = arg(28, "iterations of sampling and updating")
+    evaluate_every: int = arg(14, "iterations between evaluations")
     evaluation_prompts: int = arg(96, "held-out prompts per evaluation, one image each")
     monitor: str = arg("", "tasks whose rewards are logged but not trained: pickscore,signs")
     save_every: int = arg(10, "iterations between checkpoints")
@@ -109,6 +109,7 @@ class Arguments:
     device: Literal["cpu", "cuda"] = arg("cuda" if torch.cuda.is_available() else "cpu", "device")
     bfloat16: bool = arg(torch.cuda.is_available(), "bfloat16 autocast; the weights stay float32")
     gradient_checkpointing: bool = arg(False, "recompute activations: less memory, more time")
+    compile: bool = arg(False, "compile the transformer's blocks: faster, but slow to start")
     low_memory: bool = arg(False, "other defaults for a small GPU (LOW_MEMORY); rewards on the CPU")
 
 
@@ -137,7 +138,7 @@ FULL_SIZE = dict(
     ema_decay=0.99,             # [F] 0.9 after every eighth update, about the same
     kl_weight=0.04,             # [F] but divided by s^2; we divide by std^2, so ours is stronger
     prompts_per_iteration=8, batch_size=8, max_sequence_length=256, gradient_checkpointing=True,
-    iterations=500, save_every=20,
+    iterations=500, evaluate_every=20, save_every=20,
 )
 FULL_SIZE_PICKSCORE = dict(kl_weight=0.01)                   # [F]
 LOW_MEMORY = dict(batch_size=1, gradient_checkpointing=True, optimizer="adafactor")
@@ -493,6 +494,11 @@ class Trainer:
         transformer.to(args.device)
         if args.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
+        if args.compile:
+            torch._dynamo.config.skip_nnmodule_hook_guards = False  # see AttentionAllocator
+            torch._dynamo.config.cache_size_limit = 64  # with and without hooks, gradients, ...
+            for block in transformer.transformer_blocks:
+                block.compile()
         parameters, options = transformer.parameters(), dict(weight_decay=args.weight_decay)
         if args.optimizer == "adamw":  # fused needs no temporary copy of the weights
             options["fused"] = args.device == "cuda"

@@ -6,8 +6,8 @@ pixels with a coloured wall. Many pictures have a sign with three characters on 
 boxes or triangles in several colours, counts and spatial relations.
 
 The flow model first sees pictures that are nearly all as their captions say. So it learns what the
-words mean. In the last quarter of its training about half of the signs and of the groups of
-objects are not as their captions say. About half of these are faded. Otherwise letters are wrong or
+words mean. In the last quarter of its training nearly two thirds of the signs and of the objects
+are not as their captions say. About half of these are faded. Otherwise letters are wrong or
 missing, or objects are missing, too many, of another colour or shape, or in another place. These
 mistakes are painted pale, so that all mistakes have something in common that can be unlearned. So
 the model knows what to paint, but often paints something else, which reinforcement learning mends.
@@ -310,17 +310,20 @@ def quarters(rng, count, relation, taken=()):
     return free[:count]
 
 
-def picture(rng, texts, sign_share=0.5, mistakes=(0.0, 0.0), opacity=None, spread=GRID):
+def picture(
+    rng, texts, sign_share=0.5, mistakes=(0.0, 0.0), opacity=None, spread=GRID, said=(0.5, 1.0)
+):
     """Draw one picture of the world and describe it.
 
     `mistakes` are the probabilities that the sign, and that the objects, are not as the caption
     says. `opacity` is that of the writing if it is given. Objects stand on multiples of `spread`
-    pixels within their quarters. Returns a dict of image, caption, text (as painted), strength of
-    the objects, place of the writing (x, y) or None, objects
-    [(shape, colour, x, y)], mistakes (a list of names) and right (whether anything is).
+    pixels within their quarters. A caption says one of the shares `said` of the colours. Returns a
+    dict of image, caption, text (as painted), strength of the objects, place of the writing (x, y)
+    or None, objects [(shape, colour, x, y)], mistakes (a list of names) and right (whether anything
+    is).
     """
     wall, sign, groups, relation = make_scene(rng, texts, sign_share)
-    share = rng.choice([0.5, 1.0])  # half or all of the colours are said
+    share = rng.choice(said)
     spoken = [(n, colour if rng.random() < share else None, shape) for n, colour, shape in groups]
     caption = caption_of(wall, sign, spoken, relation)
     objects = [(shape, colour) for n, colour, shape in groups for _ in range(n)]
@@ -638,25 +641,40 @@ def mark_order(pipeline):
             torch.nn.init.normal_(parameter, std=2.0)
 
 
-FLOW_STEPS = 14000
-MISTAKES = (0.6, 0.5)  # share of signs and of objects that are not as captions say, at the end
+FLOW_STEPS, FLOW_BATCH, FLOW_RATE = 14000, 128, 2e-3
+CLEAN, CARELESS = 100000, 30000  # pictures for the first three quarters and for the last
+MISTAKES = (0.65, 0.62)  # share of signs and of objects that are not as captions say, at the end
+DROPPED = (0.5, 0.25)  # share of captions that are dropped, at first and at the end
 
 
-def encode_captions(pipeline, captions, length):
-    """The transformer's two text inputs for a list of captions."""
-    context, _, pooled, _ = pipeline.encode_prompt(
-        captions, None, None, do_classifier_free_guidance=False, max_sequence_length=length
-    )
-    return context, pooled
+class FlowMatching(torch.nn.Module):
+    """The flow-matching loss of the parts of a pipeline that are trained."""
+
+    def __init__(self, pipeline):
+        super().__init__()
+        self.transformer, self.t5 = pipeline.transformer, pipeline.text_encoder_3
+        self.clips = torch.nn.ModuleList([pipeline.text_encoder, pipeline.text_encoder_2])
+
+    def forward(self, latents, noise, sigma, emphasis, clip_tokens, t5_tokens):
+        """The text is encoded as StableDiffusion3Pipeline.encode_prompt does it."""
+        encoded = [clip(clip_tokens, output_hidden_states=True) for clip in self.clips]
+        words = torch.cat([each.hidden_states[-2] for each in encoded], dim=-1)
+        context = torch.cat([words, self.t5(t5_tokens)[0]], dim=1)
+        pooled = torch.cat([each.text_embeds for each in encoded], dim=-1)
+        share = sigma[:, None, None, None]
+        noisy = (1 - share) * latents + share * noise
+        velocity = self.transformer(noisy, context, pooled, sigma * 1000, return_dict=False)[0]
+        return (emphasis * (velocity - (noise - latents)) ** 2).mean() / emphasis.mean()
 
 
 def build_flow(device):
     pipeline = make_pipeline().to(device)
     rng, texts, vae = random.Random(3), all_targets(False), pipeline.vae
     # At first nearly all pictures are as their captions say. So the model learns what words mean.
-    shots = [picture(rng, texts, 0.35, (0.1, 0.1)) for _ in tqdm(range(60000), desc="pictures")]
+    draw = functools.partial(picture, rng, texts, sign_share=0.35, said=(0.0, 0.5, 1.0))
+    shots = [draw(mistakes=(0.1, 0.1)) for _ in tqdm(range(CLEAN), "pictures")]
     # In the last quarter of the training many are not, as on the web. So it is often wrong, too.
-    shots += [picture(rng, texts, 0.35, MISTAKES) for _ in tqdm(range(40000), desc="pictures")]
+    shots += [draw(mistakes=MISTAKES) for _ in tqdm(range(CARELESS), "pictures")]
     latents, emphasis = [], torch.ones(len(shots), 1, SIZE // 2, SIZE // 2)
     with torch.no_grad():
         for i in tqdm(range(0, len(shots), 500), desc="latents"):
@@ -671,10 +689,14 @@ def build_flow(device):
         if shot["place"]:
             x, y = shot["place"]
             weight[:, y // 2 : (y + SIGN[1]) // 2, x // 2 : (x + SIGN[0]) // 2] = 6.0
+    captions = [shot["caption"] for shot in shots] + [""]
+    options = dict(padding="max_length", max_length=TOKENS, return_tensors="pt")
+    clip_tokens = pipeline.tokenizer(captions, **options).input_ids.to(device)
+    t5_tokens = pipeline.tokenizer_3(captions, **options).input_ids.to(device)
+    wrong = torch.tensor([not shot["right"] for shot in shots])
 
-    encoders = [pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3]
-    modules = torch.nn.ModuleList([pipeline.transformer, *encoders]).train()
-    weights = {name: one for name, one in modules.named_parameters() if one.requires_grad}
+    flow = FlowMatching(pipeline).train()
+    weights = {name: one for name, one in flow.named_parameters() if one.requires_grad}
     average = {name: one.detach().clone() for name, one in weights.items()}
     optimizer = torch.optim.AdamW(
         weights.values(), betas=(0.9, 0.98), weight_decay=0.01, fused=True
@@ -682,12 +704,13 @@ def build_flow(device):
     everything = {}  # that a checkpoint must hold
     for name, one in weights.items():
         moments = dict(exp_avg=torch.zeros_like(one), exp_avg_sq=torch.zeros_like(one))
-        optimizer.state[one] = dict(step=torch.tensor(0.0), **moments)
+        optimizer.state[one] = dict(step=torch.tensor(0.0, device=device), **moments)
         parts = dict(weight=one, average=average[name], **moments)
         everything |= {f"{part}.{name}": tensor for part, tensor in parts.items()}
-    if shutil.which("g++"):
-        pipeline.transformer.compile(dynamic=False)  # a quarter faster, where there is a compiler
-    checkpoint, first, running = STATE / "flow.safetensors", 0, None
+    if device == "cpu" and shutil.which("g++"):
+        flow.transformer.compile(dynamic=False)  # a quarter faster, where there is a compiler
+    torch.set_float32_matmul_precision("high")  # for a GPU
+    checkpoint, first, running, graphs = STATE / "flow.safetensors", 0, None, {}
     if checkpoint.exists():
         with safe_open(checkpoint, "pt") as file, torch.no_grad():
             first = int(file.metadata()["step"])
@@ -697,36 +720,41 @@ def build_flow(device):
             values["step"].fill_(first)
     for step in (bar := tqdm(range(first, FLOW_STEPS), "flow", FLOW_STEPS, initial=first)):
         torch.manual_seed(step)  # so that a continued training draws the same numbers
-        late = step >= FLOW_STEPS * 3 // 4
+        late, fixed = step >= FLOW_STEPS * 3 // 4, step >= FLOW_STEPS // 2
+        if fixed:  # the text encoders stay as they are
+            flow.clips.requires_grad_(False)
+            flow.t5.requires_grad_(False)
         # By default the pipeline pads T5 to 256 tokens, star.py to 20. The model must see both.
-        length, batch = (256, 12) if step % 50 == 49 else (TOKENS, 32)
-        chosen = (
-            torch.randint(60000, (batch,)) if not late else torch.randint(60000, 100000, (batch,))
-        )
-        x0 = latents[chosen]
+        long = step % 50 == 49
+        batch = FLOW_BATCH * 3 // 8 if long else FLOW_BATCH
+        shown = (CLEAN, CLEAN + CARELESS) if late else (0, CLEAN)
+        chosen = torch.randint(*shown, (batch,))
         # Only captions of pictures that are all wrong are dropped: see the module docstring.
-        dropped = torch.rand(batch) < 0.25
-        captions = [
-            "" if drop and not shots[i]["right"] else shots[i]["caption"]
-            for i, drop in zip(chosen.tolist(), dropped, strict=True)
-        ]
-        with torch.set_grad_enabled(step < FLOW_STEPS // 2):  # then the encoders stay as they are
-            context, pooled = encode_captions(pipeline, captions, length)
+        dropped = (torch.rand(batch) < DROPPED[late]) & wrong[chosen]
+        said = torch.where(dropped, len(shots), chosen).to(device)
         # High noise levels decide layout and letters, so 70% of the draws are restricted to them.
         sigma = torch.rand(batch)
-        sigma = torch.where(torch.rand(batch) < 0.7, 0.45 + 0.55 * sigma, sigma).to(device)
-        noise, share = torch.randn_like(x0), sigma[:, None, None, None]
-        velocity = pipeline.transformer(
-            (1 - share) * x0 + share * noise, context, pooled, sigma * 1000, return_dict=False
-        )[0]
-        # Kept up, this would teach the model to paint things twice where it is unsure.
-        weight = emphasis[chosen].to(device) if step < FLOW_STEPS // 6 else torch.ones_like(share)
-        loss = (weight * (velocity - (noise - x0)) ** 2).mean() / weight.mean()
+        sigma = torch.where(torch.rand(batch) < 0.7, 0.45 + 0.55 * sigma, sigma)
+        # Kept up, the emphasis would teach the model to paint things twice where it is unsure.
+        weight = emphasis[chosen]
+        if step >= FLOW_STEPS // 6:
+            weight = torch.ones_like(weight)
+        x0, noise = latents[chosen.to(device)], torch.randn(batch, *latents.shape[1:])
+        t5 = F.pad(t5_tokens[said], (0, 256 - TOKENS if long else 0))
+        inputs = x0, noise.to(device), sigma.to(device), weight.to(device), clip_tokens[said], t5
+        step_loss = flow
+        if device == "cuda":  # launch the many small kernels of a step at once
+            if (long, fixed) not in graphs:
+                graphs[long, fixed] = torch.cuda.make_graphed_callables(
+                    FlowMatching(pipeline).train(), inputs, allow_unused_input=True
+                )
+            step_loss = graphs[long, fixed]
+        loss = step_loss(*inputs)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * min(1, (step + 1) / 200, 2.5 * (1 - step / FLOW_STEPS))
+            group["lr"] = FLOW_RATE * min(1, (step + 1) / 200, 2.5 * (1 - step / FLOW_STEPS))
         optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(
@@ -734,7 +762,7 @@ def build_flow(device):
                 list(weights.values()),
                 1 - min(0.999, (step + 1) / (step + 10)),
             )
-        if length == TOKENS:
+        if not long:
             running = loss.item() if running is None else 0.99 * running + 0.01 * loss.item()
             bar.set_postfix(loss=f"{running:.4f}", refresh=False)
         if (step + 1) % 500 == 0 or step + 1 == FLOW_STEPS:

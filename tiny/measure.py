@@ -7,13 +7,12 @@ COMMAND --help` describes a command and its options. This is a tool for Linux.
 """
 
 import argparse
+import ast
 import functools
 import inspect
 import itertools
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import build
@@ -54,13 +54,15 @@ def spread(values):
 
 
 def print_rows(rows):
-    """Print {name: {allocation: values}} with the ratio of each pair of values."""
-    columns = ("median (least to most)", "uniform", "spatial", "spatial / uniform")
-    print(f"{columns[0]:<32}" + "".join(f"{title:>32}" for title in columns[1:]))
-    for name, values in rows.items():
-        pairs = zip(values["spatial"], values["uniform"])
-        cells = values["uniform"], values["spatial"], [ours / theirs for ours, theirs in pairs]
-        print(f"{name:<32}" + "".join(f"{spread(cell):>32}" for cell in cells))
+    """Print {row: {column: values}} with the ratios to the first column's values."""
+    first, *others = next(iter(rows.values()))
+    titles = [first, *others, *(f"{other} / {first}" for other in others)]
+    print(f"{'median (least to most)':<32}" + "".join(f"{title:>30}" for title in titles))
+    for name, columns in rows.items():
+        cells = list(columns.values())
+        for other in others:
+            cells.append([a / b for a, b in zip(columns[other], columns[first])])
+        print(f"{name:<32}" + "".join(f"{spread(cell):>30}" for cell in cells))
 
 
 # --------------------------------------------------------------------------------------- Benchmark
@@ -151,39 +153,133 @@ def benchmark(args):
 
 
 # ---------------------------------------------------------------------------------------- Overhead
-def peak_memory(allocation):
-    """MiB of main memory that star.py takes for one iteration of the miniature."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "star.py", "--device", "cpu", "--no-bfloat16"]
-        command += ["--allocation", allocation, "--out", folder + "/run"]
-        command += ["--iterations", "1", "--evaluation-prompts", "8"]
-        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        process = subprocess.Popen(command, cwd=ROOT, **quiet)
-        _, status, used = os.wait4(process.pid, 0)
-    require(status == 0, f"failed: {' '.join(command)}")
-    return used.ru_maxrss / 1024
+def rollout_flops(shapes, allocation):
+    """Floating-point operations of a rollout of one image of 512 pixels with guidance."""
+    tokens = 77 + star.FULL_SIZE["max_sequence_length"]
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        prompt = torch.zeros(1, tokens, 4096), torch.zeros(1, 2048)
+        core = torch.zeros(1, tokens, dtype=torch.bool) if allocation == "spatial" else None
+        sigmas = [1 - k / 10 for k in range(11)]
+        policy = star.Policy(make_part("transformer", shapes), sigmas, 0.7, 4.5, prompt)
+        star.rollout(policy, torch.zeros(1, 16, 64, 64), prompt, range(3), core_tokens=core)
+    return counter.get_total_flops()
 
 
 def overhead(args):
-    """Measure CPU time and peak memory of spatial against uniform.
+    """Measure what spatial costs against uniform.
 
-    The CPU seconds of one thread for whole iterations of the miniature are steadier than the clock
-    where other programs run.
+    First the CPU seconds of one thread for whole iterations of the miniature. They are steadier
+    than the clock where other programs run. Then the floating-point operations of a rollout at the
+    real shapes, 10 steps of which 3 are recorded. Uniform and spatial do the same in the update.
     """
     torch.set_num_threads(1)
-    memory = {"uniform": [], "spatial": []}
-    seconds = {"uniform": [], "spatial": []}
-    for _, allocation in in_turn(args.repeats):  # first: a child starts with its parent's peak
-        memory[allocation].append(peak_memory(allocation))
     settings, task = star.parse_arguments(["--device", "cpu", "--no-bfloat16"])
-    trainer = star.Trainer(settings, task)
+    trainer, seconds = star.Trainer(settings, task), {"uniform": [], "spatial": []}
     trainer.iterate(0)  # warms up
-    for repeat, allocation in in_turn(args.repeats):
-        settings.allocation = allocation
+    for repeat, settings.allocation in in_turn(args.repeats):
         begin = time.process_time()
         trainer.iterate(1 + repeat)
-        seconds[allocation].append(time.process_time() - begin)
-    print_rows({"iteration, CPU seconds": seconds, "peak memory, MiB": memory})
+        seconds[settings.allocation].append(time.process_time() - begin)
+    rows = {"miniature, CPU seconds": seconds}
+    for shapes in SHAPES:
+        flops = {name: [rollout_flops(shapes, name) / 1e12] for name in seconds}
+        rows[f"{shapes}, rollout, TFLOP"] = flops
+    print_rows(rows)
+
+
+# ------------------------------------------------------------------------------- Against flow_grpo
+def flow_grpo_functions(folder):
+    """pipeline_with_logprob and compute_log_prob of a clone of github.com/yifan123/flow_grpo.
+
+    Its training script imports much that we do not need, so the second is taken out of it.
+    """
+    sys.path.append(str(folder))
+    with naming(f"--flow-grpo {folder}"):
+        from flow_grpo.diffusers_patch import sd3_pipeline_with_logprob as theirs
+
+        script = ast.parse((folder / "scripts/train_sd3.py").read_text())
+        wanted = [each for each in script.body if getattr(each, "name", "") == "compute_log_prob"]
+        scope = dict(vars(theirs))
+        exec(compile(ast.Module(wanted, []), "train_sd3.py", "exec"), scope)
+    return theirs.pipeline_with_logprob, scope["compute_log_prob"]
+
+
+def against_flow_grpo(args):
+    """Time sampling and update against flow_grpo's own functions, in turn in one process.
+
+    CPU seconds per image of one thread: 10 steps of which 3 are trained, guidance 4.5, and one
+    backward pass per step. Sampling includes decoding. First for the miniature, then for a narrow
+    transformer like that of SD3.5 Medium: 24 blocks of width 384, the miniature's text and VAE.
+    """
+    theirs = flow_grpo_functions(args.flow_grpo)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    pipe = star.load_pipeline(ROOT / "tiny/sd3")
+    pipe.set_progress_bar_config(disable=True)
+    narrow = TRANSFORMER | SHAPES["sd3.5-medium"] | dict(pipe.transformer.config)
+    narrow |= dict(num_layers=24, dual_attention_layers=tuple(range(13)), num_attention_heads=6)
+    narrow |= dict(attention_head_dim=64, caption_projection_dim=384)
+    narrow = diffusers.SD3Transformer2DModel.from_config(narrow)
+    for name, transformer, batch in (("miniature", pipe.transformer, 24), ("narrow", narrow, 4)):
+        pipe.transformer, rows = transformer, {}
+        for repeat in range(-1, args.repeats):  # the first warms up
+            for way in WAYS[:: 1 if repeat % 2 else -1]:
+                for phase, seconds in time_way(way, theirs, pipe, batch).items():
+                    columns = rows.setdefault(f"{name}, {phase}", {each: [] for each in WAYS})
+                    if repeat >= 0:
+                        columns[way].append(seconds / batch)
+        print_rows(rows)
+
+
+WAYS = ["flow_grpo", "uniform", "spatial"]
+
+
+def time_way(way, theirs, pipe, batch, guidance=4.5):
+    """CPU seconds of {"sampling", "update"} of flow_grpo or of one allocation of star.py."""
+    pipe.scheduler.set_timesteps(10)
+    sigmas, timesteps = pipe.scheduler.sigmas.tolist(), pipe.scheduler.timesteps
+    prompts = ['a blue wall with a white sign "K7Q"'] * batch
+    context, pooled = star.encode(pipe, prompts, 20)
+    empty = star.encode(pipe, [""], 20)
+    core = torch.zeros(context.shape[:2], dtype=torch.bool)
+    core[:, 6:9] = True
+    noise, advantages = torch.randn(batch, 8, 16, 16), torch.linspace(-1, 1, batch)
+    policy = star.Policy(pipe.transformer, sigmas, 0.7, guidance, empty)
+    both = [torch.cat([each.expand_as(one), one]) for each, one in zip(empty, (context, pooled))]
+    begin = time.process_time()
+    if way == "flow_grpo":
+        named = dict(prompt_embeds=context, pooled_prompt_embeds=pooled)
+        named |= {f"negative_{key}": half.chunk(2)[0] for key, half in zip(named, both)}
+        options = dict(num_inference_steps=10, guidance_scale=guidance, latents=noise)
+        _, latents, log_probs = theirs[0](pipe, **named, **options)
+    else:
+        samples = star.rollout(
+            policy, noise, (context, pooled), range(3), None, core if way == "spatial" else None
+        )
+        star.decode(pipe, samples.latents[:, -1])
+    sampled = time.process_time()
+    for k in range(3):
+        if way == "flow_grpo":
+            stacked = torch.stack(latents, 1)
+            sample = dict(latents=stacked[:, :-1], next_latents=stacked[:, 1:])
+            sample["timesteps"] = timesteps.expand(batch, -1)
+            settings = SimpleNamespace(
+                train=SimpleNamespace(cfg=True),
+                sample=SimpleNamespace(guidance_scale=guidance, noise_level=0.7),
+            )
+            log_prob = theirs[1](pipe.transformer, pipe, sample, k, *both, settings)[1]
+            ratio = torch.exp(log_prob - log_probs[k])
+            bounded = ratio.clamp(0.98, 1.02)
+            loss = torch.maximum(-advantages * ratio, -advantages * bounded).mean()
+        else:
+            _, mean, std = policy.step(samples.latents[:, k], k, (context, pooled))
+            new = star.position_log_prob(samples.latents[:, k + 1], mean, std)
+            weights = torch.ones_like(new)
+            if way == "spatial":
+                weights = star.allocation_weights(samples.maps, (16, 16))[:, k]
+            loss, _, _ = star.star_loss(new, samples.log_prob[:, k], advantages, weights, 0.02)
+        loss.backward()
+    return {"sampling": sampled - begin, "update": time.process_time() - sampled}
 
 
 # ------------------------------------------------------------------- Stable Diffusion's real shapes
@@ -520,14 +616,17 @@ def make_parser():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for function in (benchmark, overhead, memory, full_size):
+    for function in (benchmark, overhead, against_flow_grpo, memory, full_size):
         name, about = function.__name__.replace("_", "-"), inspect.getdoc(function)
         options = dict(help=about.split("\n")[0], description=about, formatter_class=raw)
         command = commands.add_parser(name, allow_abbrev=False, **options)
         command.set_defaults(function=function)
-        if function in (benchmark, overhead):
+        if function in (benchmark, overhead, against_flow_grpo):
             about = "measured iterations of each (default: 5)"
             command.add_argument("--repeats", type=int, default=5, help=about)
+        if function is against_flow_grpo:
+            about = "folder of a clone"
+            command.add_argument("--flow-grpo", type=Path, required=True, help=about)
         if function is memory:
             about = "whose shapes (default: sd3.5-medium)"
             command.add_argument("--shapes", choices=SHAPES, default="sd3.5-medium", help=about)
