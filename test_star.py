@@ -1326,6 +1326,15 @@ def test_memory_of_a_fake_run_is_that_of_a_real_run(options):
     )
 
 
+def test_what_allocation_adds_to_a_rollout():
+    """In 6 of 24 blocks, at 3 of 10 steps, for the half with the prompt."""
+    image, text, width = 32 * 32, 77 + 256, 24 * 64
+    projections = 2 * (2 * image + text) * width**2
+    attention = 4 * image * (image + text) * width
+    both = [measure.rollout_flops("sd3.5-medium", name) for name in ("uniform", "spatial")]
+    assert both[1] - both[0] == 6 * 3 * (projections + attention) < 0.01 * both[0]
+
+
 def test_shuffled_maps_have_the_same_values_in_other_places():
     maps = torch.arange(64.0).expand(6, 64).reshape(3, 2, 8, 8)
     samples = star.Rollout(None, None, maps)

@@ -401,10 +401,11 @@ def make_run(folder, task, kind, seed, options):
 def sweep(args):
     """Compare all kinds of allocation, each at its own best learning rate.
 
-    Each kind is run at each learning rate with the seeds 100 to 103. The best rate is that of the
-    highest mean reward over the run. At this rate each kind is run with the seeds 10 to 19, which are
-    compared. One thread a run. If it is interrupted, the same command goes on. Options that are not
-    listed here are passed on to star.py.
+    Each kind is run at each learning rate with the seeds 100 to 103, and evaluated after every
+    fourth iteration. The best rate is that of the highest mean reward over the run. At this rate
+    each kind is run with the seeds 10 to 19, which are compared. One thread a run. If it is
+    interrupted, the same command goes on. Options that are not listed here are passed on to
+    star.py.
     """
     name, kinds = short_name(args.task), KINDS if args.task in LOCATED else KINDS[:-1]
 
