@@ -557,7 +557,7 @@ def test_an_iteration_is_the_gradient_of_one_loss(options, monkeypatch):
     if reference:  # so that there is a distance
         reference.proj_out.weight.data *= 1.1
     twin, start, rewards = copy.deepcopy(model), flat(model.parameters()), torch.arange(8.0) ** 2
-    trainer.optimizer, optimizer = (torch.optim.SGD(m.parameters(), 0.03) for m in (model, twin))
+    trainer.optimizer, optimizer = (torch.optim.SGD(m.parameters(), 0.1) for m in (model, twin))
 
     def recorded(policy, noise, prompt, stochastic, *others):
         assert stochastic == steps

@@ -220,7 +220,7 @@ def against_flow_grpo(args):
     narrow |= dict(num_layers=24, dual_attention_layers=tuple(range(13)), num_attention_heads=6)
     narrow |= dict(attention_head_dim=64, caption_projection_dim=384)
     narrow = diffusers.SD3Transformer2DModel.from_config(narrow)
-    for name, transformer, batch in (("miniature", pipe.transformer, 24), ("narrow", narrow, 4)):
+    for name, transformer, batch in (("miniature", pipe.transformer, 24), ("narrow", narrow, 2)):
         pipe.transformer, rows = transformer, {}
         for repeat in range(-1, args.repeats):  # the first warms up
             for way in WAYS[:: 1 if repeat % 2 else -1]:
