@@ -381,7 +381,7 @@ def plot(args):
 
 # --------------------------------------------------------------------------------- The whole study
 KINDS = ["uniform", "spatial", "spatiotemporal", "lam0.5", "shuffled", "oracle"]
-RATES = [1e-4, 2e-4, 4e-4, 8e-4]
+RATES = [2e-4, 4e-4, 8e-4, 1.6e-3]
 TUNING_SEEDS, FINAL_SEEDS = range(100, 104), range(10, 20)
 
 
