@@ -1342,3 +1342,16 @@ def test_shuffled_maps_have_the_same_values_in_other_places():
     changed = study.changed_maps("shuffled", None, None, samples, generator).reshape(6, 64)
     assert torch.equal(changed.sort().values, maps.view(6, 64))
     assert len(changed.unique(dim=0)) == 6  # each map has its own order
+
+
+def test_other_kinds_of_allocation_by_hand():
+    """late: the last map at all steps. positive: negative advantages are not allocated."""
+    maps = torch.rand(2, 3, 8, 8)
+    late = study.changed_maps("late", None, None, star.Rollout(None, None, maps), None)
+    assert torch.equal(late, torch.stack([maps[:, 2]] * 3, dim=1))
+    new, old, weights = torch.rand(3, 4, 8, 8)
+    advantages = torch.tensor([1.0, -1, 2, -3])
+    better, worse = advantages.clamp(min=0), advantages.clamp(max=0)
+    loss = study.positive_loss(new, old, advantages, weights, 0.1)[0]
+    allocated = star_loss(new, old, better, weights, 0.1)[0]
+    assert_close(loss, allocated + star_loss(new, old, worse, torch.ones_like(new), 0.1)[0])

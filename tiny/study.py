@@ -198,6 +198,7 @@ def changed_maps(kind, task, pipe, samples, generator):
     """The maps that a kind of allocation uses instead of those of the samples, [B, S, 8, 8].
 
     shuffled: the same values in random places. oracle: the true region of each finished image.
+    late: the map of the last trained step for all of them.
     """
     if kind == "uniform":
         return torch.ones_like(samples.log_prob)
@@ -205,6 +206,8 @@ def changed_maps(kind, task, pipe, samples, generator):
         values = samples.maps.flatten(2)
         order = torch.rand(values.shape, generator=generator).argsort(-1).to(values.device)
         return values.gather(-1, order).view_as(samples.maps)
+    if kind == "late":
+        return samples.maps[:, -1:].expand_as(samples.maps)
     if kind == "oracle":
         images = star.decode(pipe, samples.latents[:, -1])
         regions = torch.stack([true_region(task, image) for image in images])
@@ -222,14 +225,25 @@ class KindTrainer(star.Trainer):
         return super().weights(replace(samples, maps=maps))
 
 
+STAR_LOSS = star.star_loss
+
+
+def positive_loss(log_prob, old_log_prob, advantages, weights, clip_range):
+    """star_loss that allocates positive advantages only."""
+    weights = torch.where(advantages.view(-1, 1, 1) > 0, weights, 1.0)
+    return STAR_LOSS(log_prob, old_log_prob, advantages, weights, clip_range)
+
+
 def train_kind(task, kind, seed, more=()):
     """star.main for one run of this kind of allocation, in runs/TASK-KIND-SEED by default."""
-    known = re.fullmatch(r"uniform|spatial|spatiotemporal|shuffled|oracle|lam([\d.]+)", kind)
+    kinds = r"uniform|spatial|spatiotemporal|shuffled|oracle|late|positive|lam([\d.]+)"
+    known = re.fullmatch(kinds, kind)
     require(known, f"--kind {kind} is not known; `study.py train --help` lists the kinds")
     located = kind != "oracle" or task in LOCATED
     require(located, f"--kind oracle: the true region is not known for --task {task}")
     torch.manual_seed(seed)  # of the shuffled maps
     KindTrainer.kind, star.Trainer = kind, KindTrainer
+    star.star_loss = positive_loss if kind == "positive" else STAR_LOSS
     folder = f"runs/{short_name(task)}-{kind}-{seed}"
     options = ["--task", task, "--seed", f"{seed}", "--out", folder, "--lam", known[1] or "1"]
     options += ["--allocation", kind if kind in ("uniform", "spatiotemporal") else "spatial"]
@@ -243,7 +257,8 @@ def train(args):
 
     uniform, spatial, spatiotemporal and lam0.5 (or another strength) are what star.py offers.
     shuffled uses the values of the maps in random places. oracle uses the true region of each
-    finished image. Options that are not listed here are passed on to star.py, such as
+    finished image. late uses the map of the last trained step for all of them. positive allocates
+    positive advantages only. Options that are not listed here are passed on to star.py, such as
     --learning-rate 1e-4.
     """
     train_kind(args.task, args.kind, args.seed, args.more)
