@@ -414,7 +414,7 @@ def make_run(folder, task, kind, seed, options):
 
 
 def sweep(args):
-    """Compare all kinds of allocation, each at its own best learning rate.
+    """Compare kinds of allocation, each at its own best learning rate.
 
     Each kind is run at each learning rate with the seeds 100 to 103, and evaluated after every
     fourth iteration. The best rate is that of the highest mean reward over the run. At this rate
@@ -422,7 +422,8 @@ def sweep(args):
     interrupted, the same command goes on. Options that are not listed here are passed on to
     star.py.
     """
-    name, kinds = short_name(args.task), KINDS if args.task in LOCATED else KINDS[:-1]
+    name = short_name(args.task)
+    kinds = [kind for kind in args.kinds.split(",") if kind != "oracle" or args.task in LOCATED]
 
     def folder(kind, rate, seed):
         return args.folder / f"{rate:g}" / f"{name}-{kind}-{seed}"
@@ -448,7 +449,7 @@ def sweep(args):
         best[kind] = max(RATES, key=lambda rate: statistics.mean(areas[rate]))
         print(f"| {kind} |" + "".join(f" {spread(each, '.3f')} |" for each in areas.values()))
     final = [(kind, best[kind], seed) for kind in kinds for seed in FINAL_SEEDS]
-    make_all(final, "--evaluate-every", "1")
+    make_all(final, "--evaluate-every", f"{args.evaluate_every}")
     args.runs = [folder(*run) for run in final]
     compare(args)
 
@@ -771,6 +772,8 @@ OPTIONS = {  # name: (default, help)
     "base": ("uniform", "kind of allocation that the others are compared with"),
     "report": (None, "compare another number of the metrics, such as 'strict GenEval'"),
     "folder": (Path("runs/study"), "where the runs are"),
+    "kinds": (",".join(KINDS), "kinds of allocation, separated by commas"),
+    "evaluate-every": (1, "iterations from one evaluation to the next, seeds 10 to 19"),
     "objects": (False, "measure the words 'blue box' instead of a sign's text"),
     "images": (96, "number of images"),
     "repeats": (5, "number of estimates"),
@@ -780,7 +783,7 @@ COMMANDS = {
     maps: "words model seed steps guidance-scale height no-t5 max-sequence-length device save",
     train: "task kind seed",
     compare: "goal base report",
-    sweep: "task folder goal base report",
+    sweep: "task kinds evaluate-every folder goal base report",
     plot: "save",
     map_quality: "objects images model save",
     problem: "seed save",
