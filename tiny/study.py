@@ -48,6 +48,7 @@ from rewards import (
     UserError,
     content_word_spans,
     naming,
+    plural,
     quoted_span,
     relations,
     require,
@@ -499,36 +500,65 @@ def sign_quality(args):
     return lines
 
 
-def object_quality(args, words="blue box"):
-    """The same for the words "blue box" among other objects, in images of the model.
+def words_by_kind(prompt, clauses):
+    """The words of a GenEval prompt, and the classes that they are about: {kind: (span, classes)}.
 
-    The truth is the mask of the detector on the finished image. Only images with one box, which is
-    blue, count: where there are several, nobody knows which one is meant.
+    Of several objects the first one counts.
     """
-    walls = "green white black pink yellow brown purple orange".split()
-    prompts = [f"a {wall} wall with two red balls and a {words}" for wall in walls] * 8
-    trainer = load_trainer("--model", args.model, task=Words(words))
-    detector, areas, seen, steps = GenEval(), [], 0, trainer.args.steps
-    detector.load("cpu")
-    while len(areas) < args.images:
-        for samples in trainer.generate(prompts, steps, recorded=range(steps)):
-            images = star.decode(trainer.pipe, samples.latents[:, -1])
-            for maps, image, found in zip(samples.maps, images, detector.detect(images)):
-                seen, boxes = seen + 1, found.get("box", [])
-                if len(boxes) == 1 and detector.colours(image, boxes, "box") == ["blue"]:
-                    truth = tokens_of(boxes[0].mask)
-                    areas += [[area_under_roc(each, truth) for each in maps]] if truth.any() else []
-        trainer.args.seed += 1
-    print(f"{len(areas)} of {seen} images show one box, a blue one")
-    return {words: {k: [statistics.mean(values)] for k, values in enumerate(zip(*areas))}}
+    first, last = clauses[0], clauses[-1]
+    classes = {kind: {first["class"]} for kind in ("object", "colour", "number")}
+    words = {
+        "object": first["class"] if first["count"] == 1 else plural(first["class"]),
+        "colour": first.get("color"),
+        "number": NUMBERS.get(first["count"]),
+        "relation": last.get("position", [None])[0],
+    }
+    found = {}
+    for kind, word in words.items():
+        if word:
+            start = prompt.rindex(word)  # the wall before it may have the same colour
+            about = classes.get(kind, {first["class"], last["class"]})
+            found[kind] = [(start, start + len(word))], about
+    return found
+
+
+def object_quality(args):
+    """The same for the words of GenEval's prompts, by their kind, in images of the model.
+
+    Only images that are right count. The truth is what the detector finds of the classes that the
+    words are about.
+    """
+    trainer = load_trainer("--task", "geneval", "--model", args.model)
+    task, lines, steps = trainer.task, defaultdict(dict), trainer.args.steps
+    words = {}
+    for prompt in task.prompts:
+        clauses = task.metadata[prompt]["include"]
+        everything = task.core_spans(prompt), {clause["class"] for clause in clauses}
+        words[prompt] = words_by_kind(prompt, clauses) | {"all core words": everything}
+    for kind in ("object", "colour", "number", "relation", "all core words"):
+        prompts = [prompt for prompt in task.prompts if kind in words[prompt]][: args.images]
+        task.core_spans = {prompt: words[prompt][kind][0] for prompt in prompts}.get
+        areas, rolled = [], list(trainer.generate(prompts, steps, recorded=range(steps)))
+        maps = torch.cat([samples.maps for samples in rolled])
+        latents = torch.cat([samples.latents[:, -1] for samples in rolled])
+        images = star.decode(trainer.pipe, latents)
+        verdicts = task.verdicts(images, prompts)
+        for row, (prompt, found) in enumerate(zip(prompts, task.detect(images))):
+            masks = [one.mask for name in words[prompt][kind][1] for one in found.get(name, [])]
+            if verdicts[row][0] and (truth := tokens_of(sum(masks) > 0)).any():
+                areas.append([area_under_roc(each, truth) for each in maps[row]])
+        print(f"{kind}: {len(areas)} of {len(prompts)} images are right")
+        for k, values in enumerate(zip(*areas)):
+            lines[kind][k] = [statistics.mean(values)]
+    return lines
 
 
 def map_quality(args):
     """Measure how well the maps find what the words mean.
 
     The measure is the area under the ROC curve: 0.5 is chance, 1 is perfect. The table has one
-    column per denoising step. The words are a sign's text or, with --objects, "blue box" in a
-    prompt with other objects.
+    column per denoising step. The words are a sign's text or, with --objects, the objects, colours,
+    numbers and relations of GenEval's prompts, --images prompts of each kind.
     """
     lines = object_quality(args) if args.objects else sign_quality(args)
     for name, points in lines.items():
@@ -774,7 +804,7 @@ OPTIONS = {  # name: (default, help)
     "folder": (Path("runs/study"), "where the runs are"),
     "kinds": (",".join(KINDS), "kinds of allocation, separated by commas"),
     "evaluate-every": (1, "iterations from one evaluation to the next, seeds 10 to 19"),
-    "objects": (False, "measure the words 'blue box' instead of a sign's text"),
+    "objects": (False, "measure the words of GenEval's prompts instead of a sign's text"),
     "images": (96, "number of images"),
     "repeats": (5, "number of estimates"),
     "save": (None, "image to write"),
