@@ -1355,3 +1355,17 @@ def test_other_kinds_of_allocation_by_hand():
     loss = study.positive_loss(new, old, advantages, weights, 0.1)[0]
     allocated = star_loss(new, old, better, weights, 0.1)[0]
     assert_close(loss, allocated + star_loss(new, old, worse, torch.ones_like(new), 0.1)[0])
+
+
+def test_words_of_a_prompt_by_their_kind():
+    prompt = "a red wall with two boxes left of a red ball"
+    ball = {"class": "ball", "count": 1, "color": "red"}
+    boxes = {"class": "box", "count": 2, "position": ["left of", 0]}
+    found = study.words_by_kind(prompt, [ball, boxes])
+    assert found == {
+        "object": ([(40, 44)], {"ball"}),
+        "colour": ([(36, 39)], {"ball"}),  # not that of the wall
+        "relation": ([(26, 33)], {"ball", "box"}),
+    }
+    found = study.words_by_kind("two boxes", [{"class": "box", "count": 2}])
+    assert found == {"object": ([(4, 9)], {"box"}), "number": ([(0, 3)], {"box"})}

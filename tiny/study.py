@@ -221,6 +221,14 @@ class KindTrainer(star.Trainer):
 
     kind = "spatial"
 
+    def __init__(self, args, task):
+        if self.kind == "objects":
+            spans, left_out = task.core_spans, {*NUMBERS.values(), *RELATIONS}
+            task.core_spans = lambda prompt: [
+                span for span in spans(prompt) if prompt[slice(*span)] not in left_out
+            ]
+        super().__init__(args, task)
+
     def weights(self, samples):
         maps = changed_maps(self.kind, self.task, self.pipe, samples, None)
         return super().weights(replace(samples, maps=maps))
@@ -237,7 +245,7 @@ def positive_loss(log_prob, old_log_prob, advantages, weights, clip_range):
 
 def train_kind(task, kind, seed, more=()):
     """star.main for one run of this kind of allocation, in runs/TASK-KIND-SEED by default."""
-    kinds = r"uniform|spatial|spatiotemporal|shuffled|oracle|late|positive|lam([\d.]+)"
+    kinds = r"uniform|spatial|spatiotemporal|shuffled|oracle|late|positive|objects|lam([\d.]+)"
     known = re.fullmatch(kinds, kind)
     require(known, f"--kind {kind} is not known; `study.py train --help` lists the kinds")
     located = kind != "oracle" or task in LOCATED
@@ -259,8 +267,8 @@ def train(args):
     uniform, spatial, spatiotemporal and lam0.5 (or another strength) are what star.py offers.
     shuffled uses the values of the maps in random places. oracle uses the true region of each
     finished image. late uses the map of the last trained step for all of them. positive allocates
-    positive advantages only. Options that are not listed here are passed on to star.py, such as
-    --learning-rate 1e-4.
+    positive advantages only. objects leaves numbers and relations out of the core words of geneval.
+    Options that are not listed here are passed on to star.py, such as --learning-rate 1e-4.
     """
     train_kind(args.task, args.kind, args.seed, args.more)
 
