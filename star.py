@@ -119,7 +119,7 @@ TINY = dict(
     ocr=dict(monitor="pickscore,signs"),
     geneval=dict(
         prompts_per_iteration=6, batch_size=48, iterations=30, evaluate_every=15,
-        evaluation_prompts=120, monitor="pickscore",
+        evaluation_prompts=120, monitor="pickscore", learning_rate=3e-4,
         same_noise=False,  # with it the strict score stops rising earlier
     ),
     pickscore=dict(
