@@ -72,21 +72,21 @@ def draw_lines(path, lines, across, up):
     unit = 10 ** math.floor(math.log10(max(values) - min(values) + 1e-3)) / 2
     low, high = math.floor(min(values) / unit), math.floor(max(values) / unit) + 1
     xs = sorted({x for points in lines.values() for x in points})
-    image = Image.new("RGB", (1800, 960), "white")  # twice the final size, which smooths the lines
-    draw, font = ImageDraw.Draw(image, "RGBA"), ImageFont.load_default(26)
+    image = Image.new("RGB", (1800, 980), "white")  # twice the final size, which smooths the lines
+    draw, font = ImageDraw.Draw(image, "RGBA"), ImageFont.load_default(36)
 
     def place(x, y):
         right, down = (x - xs[0]) / (xs[-1] - xs[0] or 1), (high - y / unit) / (high - low)
-        return 120 + 1200 * right, 60 + 800 * down
+        return 140 + 1180 * right, 70 + 790 * down
 
     def track(points, choose):
         return [place(x, choose(points[x])) for x in sorted(points)]
 
-    draw.text((120, 8), up, "black", font)
-    draw.text((720, 916), across, "black", font, anchor="mt")
+    draw.text((140, 8), up, "black", font)
+    draw.text((730, 926), across, "black", font, anchor="mt")
     for y in (unit * n for n in range(low, high + 1, math.ceil((high - low) / 8))):
         draw.line([place(xs[0], y), place(xs[-1], y)], "#dddddd", 2)
-        draw.text((100, place(0, y)[1]), f"{y:.6g}", "black", font, anchor="rm")
+        draw.text((120, place(0, y)[1]), f"{y:.6g}", "black", font, anchor="rm")
     for x in xs[:: math.ceil(len(xs) / 11)]:
         draw.text((place(x, 0)[0], 876), f"{x}", "black", font, anchor="mt")
     coloured = list(zip(lines.items(), itertools.cycle(COLOURS)))
@@ -94,7 +94,7 @@ def draw_lines(path, lines, across, up):
         draw.polygon(track(points, min) + track(points, max)[::-1], colour + "28")
     for row, ((name, points), colour) in enumerate(coloured):
         draw.line(track(points, statistics.mean), colour, 6, joint="curve")
-        draw.text((1350, 60 + 36 * row), name, colour, font)
+        draw.text((1350, 60 + 48 * row), name, colour, font)
     star.write(path, image.reduce(2).save)
 
 
