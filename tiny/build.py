@@ -41,14 +41,9 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
+import diffusers
 import torch
 import torch.nn.functional as F
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-)
 from PIL import Image, ImageFilter, ImageOps
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -460,7 +455,7 @@ def build_prompts(device):
 def build_vae(device):
     torch.manual_seed(1)
     rng = random.Random(1)
-    vae = AutoencoderKL(
+    vae = diffusers.AutoencoderKL(
         in_channels=3,
         out_channels=3,
         latent_channels=8,
@@ -591,7 +586,7 @@ def make_pipeline():
             dropout_rate=0.0,
         )
     )
-    transformer = SD3Transformer2DModel(
+    transformer = diffusers.SD3Transformer2DModel(
         sample_size=SIZE // 2,
         patch_size=2,
         in_channels=8,
@@ -606,12 +601,12 @@ def make_pipeline():
         dual_attention_layers=(0,),
         qk_norm="rms_norm",
     )
-    vae = AutoencoderKL.from_pretrained(HERE / "sd3" / "vae")
+    vae = diffusers.AutoencoderKL.from_pretrained(HERE / "sd3" / "vae")
     # Otherwise the saved configuration would contain a path on this machine.
     vae.register_to_config(_name_or_path="tiny/sd3/vae")
-    pipeline = StableDiffusion3Pipeline(
+    pipeline = diffusers.StableDiffusion3Pipeline(
         transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=vae,
         text_encoder=clip(),
         tokenizer=tokenizer,
