@@ -550,7 +550,7 @@ OPTIONS = """--kl-weight 0.5 --max-gradient-norm 0.1
 def test_an_iteration_is_the_gradient_of_one_loss(options, monkeypatch):
     """`iterate` moves the weights as one star_loss over all images and trained steps does."""
     sizes = """--prompts-per-iteration 2 --group-size 4 --batch-size 2 --max-gradient-norm 1e9
-        --steps 4 --stochastic-steps 2 --stochastic-range 1-2 --advantage-clip 1 """
+        --steps 4 --stochastic-steps 2 --stochastic-range 1-2 --advantage-clip 1 --ema-decay 0 """
     trainer, steps, batches = trainer_of(sizes + options), range(1, 3), []
     args = trainer.args
     model, reference, rollout = trainer.transformer, trainer.reference, star.rollout
