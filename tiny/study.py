@@ -405,7 +405,6 @@ def plot(args):
 
 # --------------------------------------------------------------------------------- The whole study
 KINDS = ["uniform", "spatial", "spatiotemporal", "lam0.5", "shuffled", "oracle"]
-RATES = [2e-4, 4e-4, 8e-4, 1.6e-3]
 TUNING_SEEDS, FINAL_SEEDS = range(100, 104), range(10, 20)
 
 
@@ -432,6 +431,8 @@ def sweep(args):
     star.py.
     """
     name = short_name(args.task)
+    with naming(f"--rates {args.rates}"):
+        rates = [float(rate) for rate in args.rates.split(",")]
     kinds = [kind for kind in args.kinds.split(",") if kind != "oracle" or args.task in LOCATED]
 
     def folder(kind, rate, seed):
@@ -446,16 +447,16 @@ def sweep(args):
         with ProcessPoolExecutor(os.cpu_count(), spawn, torch.set_num_threads, (1,)) as pool:
             list(tqdm(pool.map(make_run, *zip(*jobs)), "runs", len(jobs)))
 
-    make_all(itertools.product(kinds, RATES, TUNING_SEEDS), "--evaluate-every", "4")
+    make_all(itertools.product(kinds, rates, TUNING_SEEDS), "--evaluate-every", "4")
     best = {}
-    print("mean reward over the run\n| allocation |" + "".join(f" {rate:g} |" for rate in RATES))
-    print("| --- " * (1 + len(RATES)) + "|")
+    print("mean reward over the run\n| allocation |" + "".join(f" {rate:g} |" for rate in rates))
+    print("| --- " * (1 + len(rates)) + "|")
     for kind in kinds:
         areas = {
             rate: [area(evaluations(folder(kind, rate, seed))) for seed in TUNING_SEEDS]
-            for rate in RATES
+            for rate in rates
         }
-        best[kind] = max(RATES, key=lambda rate: statistics.mean(areas[rate]))
+        best[kind] = max(rates, key=lambda rate: statistics.mean(areas[rate]))
         print(f"| {kind} |" + "".join(f" {spread(each, '.3f')} |" for each in areas.values()))
     final = [(kind, best[kind], seed) for kind in kinds for seed in FINAL_SEEDS]
     make_all(final, "--evaluate-every", f"{args.evaluate_every}")
@@ -811,6 +812,7 @@ OPTIONS = {  # name: (default, help)
     "report": (None, "compare another number of the metrics, such as 'strict GenEval'"),
     "folder": (Path("runs/study"), "where the runs are"),
     "kinds": (",".join(KINDS), "kinds of allocation, separated by commas"),
+    "rates": ("2e-4,4e-4,8e-4,1.6e-3", "learning rates, separated by commas"),
     "evaluate-every": (1, "iterations from one evaluation to the next, seeds 10 to 19"),
     "objects": (False, "measure the words of GenEval's prompts instead of a sign's text"),
     "images": (96, "number of images"),
@@ -821,7 +823,7 @@ COMMANDS = {
     maps: "words model seed steps guidance-scale height no-t5 max-sequence-length device save",
     train: "task kind seed",
     compare: "goal base report",
-    sweep: "task kinds evaluate-every folder goal base report",
+    sweep: "task kinds rates evaluate-every folder goal base report",
     plot: "save",
     map_quality: "objects images model save",
     problem: "seed save",
