@@ -1369,3 +1369,38 @@ def test_words_of_a_prompt_by_their_kind():
     }
     found = study.words_by_kind("two boxes", [{"class": "box", "count": 2}])
     assert found == {"object": ([(4, 9)], {"box"}), "number": ([(0, 3)], {"box"})}
+
+
+def test_credit_of_clauses_by_hand(monkeypatch):
+    """Credits and advantages add up to those of the whole; each clause has its own map."""
+    credits = torch.rand(2, 4, 2)
+    credits[1] = torch.tensor([[0.1, 0.9], [0.7, 0.3], [0.4, 0.6], [1, 0]])  # equal sums
+    advantages = study.clause_advantages(credits)
+    assert_close(advantages.sum(-1), star.group_advantages(credits.sum(-1)), rtol=1e-4, atol=1e-5)
+    assert_close(advantages.mean(1), torch.zeros(2, 2), rtol=0, atol=1e-5)
+    assert advantages[0].abs().min() > 0 and not advantages[1].any()
+
+    args, task = star.parse_arguments(["--task", "geneval"])
+    trainer = study.ClauseTrainer(args, task)
+    prompt = next(p for p in task.prompts if task.metadata[p]["tag"] == "position")
+    first, last = (clause["class"] for clause in task.metadata[prompt]["include"])
+    one = [Detection(0.9, (0, 0, 9, 9))]
+    for found, expected in ({first: one}, [1, 0]), ({last: one}, [0, 1]), ({}, [0, 0]):
+        monkeypatch.setattr(GenEval, "detect", lambda self, images, found=found: [dict(found)])
+        assert task.reward([None], [prompt]) == sum(expected) / 3
+        assert_close(trainer.credits, torch.tensor([expected]) / 3)
+
+    context, pooled, words = trainer.encode([prompt] * 2)
+    assert words.any(2).all() and not words.all(1).any()
+    policy = trainer.policy(trainer.transformer, 4, 0.7)
+    inputs = policy, torch.randn(2, *trainer.shape), (context, pooled), (1, 2)
+    samples = study.clause_rollout(*inputs, torch.manual_seed(0), words)
+    trainer.args.group_size = 2
+    for i in range(2):  # an image is better than another in one clause
+        one = star.rollout(*inputs, torch.manual_seed(0), words[:, i])
+        assert torch.equal(samples.latents, one.latents)
+        assert_close(samples.maps[:, :, i], one.maps)
+        trainer.credits = torch.eye(2)[i] * torch.tensor([[1.0], [0.0]])
+        weights = allocation_weights(one.maps, trainer.shape[1:])
+        expected = weights * torch.tensor([1.0, -1]).view(2, 1, 1, 1)
+        assert_close(trainer.weights(samples), expected, rtol=1e-3, atol=0)

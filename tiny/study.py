@@ -10,6 +10,7 @@ prompt (--model stabilityai/stable-diffusion-3.5-medium for a real one):
 """
 
 import argparse
+import copy
 import functools
 import inspect
 import itertools
@@ -234,7 +235,7 @@ class KindTrainer(star.Trainer):
         return super().weights(replace(samples, maps=maps))
 
 
-STAR_LOSS = star.star_loss
+STAR_LOSS, ROLLOUT = star.star_loss, star.rollout
 
 
 def positive_loss(log_prob, old_log_prob, advantages, weights, clip_range):
@@ -243,16 +244,97 @@ def positive_loss(log_prob, old_log_prob, advantages, weights, clip_range):
     return STAR_LOSS(log_prob, old_log_prob, advantages, weights, clip_range)
 
 
+def clause_rollout(policy, latents, prompt, stochastic, generator, words, recorded=()):
+    """star.rollout with one map for each clause: [B, S, 2, 8, 8].
+
+    words: bool [B, 2, L], the core tokens of each clause. The maps come from further passes over
+    the same latents.
+    """
+    samples = ROLLOUT(policy, latents, prompt, stochastic, generator, words.any(1), recorded)
+    maps = []
+    for k, tokens in itertools.product(stochastic, words.unbind(1)):
+        with torch.no_grad(), star.AttentionAllocator(policy.transformer, tokens) as allocator:
+            policy.velocity(samples.latents[:, k], k, prompt)
+        maps.append(allocator.map())
+    if maps:  # a rollout of training
+        maps = torch.stack(maps, 1).unflatten(1, (-1, 2)).unflatten(-1, (8, 8))
+        samples = replace(samples, maps=maps)
+    return samples
+
+
+def clause_advantages(credits):
+    """The credits of a reward's parts [K, G, N] -> their advantages, which add up to the whole's.
+
+    The divisor is that of the whole reward, see star.group_advantages.
+    """
+    std = credits.sum(-1).std(1, unbiased=False)[:, None, None]
+    centred = credits - credits.mean(1, keepdim=True)
+    return torch.where(std > 1e-6, centred / (std + 1e-4), 0.0)  # parts add up to within 1e-7
+
+
+class ClauseTrainer(KindTrainer):
+    """Allocates the credit of each clause of a GenEval prompt to the words of that clause."""
+
+    def __init__(self, args, task):
+        super().__init__(args, task)
+        self.parts, reward = [copy.copy(task), copy.copy(task)], task.reward
+        for i, part in enumerate(self.parts):
+            part.metadata = {
+                prompt: record | {"include": record["include"][i : i + 1]}
+                for prompt, record in task.metadata.items()
+            }
+
+        def number(metadata, prompt):  # of credits, see rewards.judge
+            clauses = metadata[prompt]["include"]
+            return sum(1 + ("color" in clause) + ("position" in clause) for clause in clauses)
+
+        def reward_and_credits(images, prompts):
+            whole = torch.tensor(reward(images, prompts))
+            first = torch.tensor(self.parts[0].reward(images, prompts))
+            metadata = self.parts[0].metadata, task.metadata
+            share = [number(metadata[0], each) / number(metadata[1], each) for each in prompts]
+            first = first * torch.tensor(share)
+            self.credits = torch.stack([first, whole - first], dim=-1)
+            return whole
+
+        task.reward = reward_and_credits
+
+    def encode(self, prompts):
+        context, pooled, _ = super().encode(prompts)
+        words = []
+        for part in self.parts:
+            spans = [part.metadata[p]["include"] and part.core_spans(p) for p in prompts]
+            length = self.args.max_sequence_length
+            words.append(star.core_tokens_of(self.pipe, prompts, spans, length))
+        return context, pooled, torch.stack(words, dim=1)
+
+    def weights(self, samples):
+        """The advantages of the clauses, each at its own words: for clause_loss, [B, S, H, W]."""
+        credits = self.credits.unflatten(0, (-1, self.args.group_size))
+        advantages = clause_advantages(credits).flatten(0, 1)[:, :, None, None, None]  # [B, 2, ...]
+        maps = samples.maps.unbind(2)
+        weights = torch.stack([star.allocation_weights(m, self.shape[1:]) for m in maps], dim=1)
+        return (weights * advantages).sum(1)
+
+
+def clause_loss(log_prob, old_log_prob, advantages, weights, clip_range):
+    """star_loss with advantages that are already allocated."""
+    ones = torch.ones_like(advantages)
+    return STAR_LOSS(log_prob, old_log_prob, ones, weights, clip_range)
+
+
 def train_kind(task, kind, seed, more=()):
     """star.main for one run of this kind of allocation, in runs/TASK-KIND-SEED by default."""
-    kinds = r"uniform|spatial|spatiotemporal|shuffled|oracle|late|positive|objects|lam([\d.]+)"
-    known = re.fullmatch(kinds, kind)
+    kinds = "uniform|spatial|spatiotemporal|shuffled|oracle|late|positive|objects|clauses"
+    known = re.fullmatch(kinds + r"|lam([\d.]+)", kind)
     require(known, f"--kind {kind} is not known; `study.py train --help` lists the kinds")
     located = kind != "oracle" or task in LOCATED
     require(located, f"--kind oracle: the true region is not known for --task {task}")
     torch.manual_seed(seed)  # of the shuffled maps
-    KindTrainer.kind, star.Trainer = kind, KindTrainer
-    star.star_loss = positive_loss if kind == "positive" else STAR_LOSS
+    KindTrainer.kind = kind
+    star.Trainer = ClauseTrainer if kind == "clauses" else KindTrainer
+    star.rollout = clause_rollout if kind == "clauses" else ROLLOUT
+    star.star_loss = dict(positive=positive_loss, clauses=clause_loss).get(kind, STAR_LOSS)
     folder = f"runs/{short_name(task)}-{kind}-{seed}"
     options = ["--task", task, "--seed", f"{seed}", "--out", folder, "--lam", known[1] or "1"]
     options += ["--allocation", kind if kind in ("uniform", "spatiotemporal") else "spatial"]
@@ -268,6 +350,7 @@ def train(args):
     shuffled uses the values of the maps in random places. oracle uses the true region of each
     finished image. late uses the map of the last trained step for all of them. positive allocates
     positive advantages only. objects leaves numbers and relations out of the core words of geneval.
+    clauses allocates the credit of each of geneval's clauses by the map of its own words.
     Options that are not listed here are passed on to star.py, such as --learning-rate 1e-4.
     """
     train_kind(args.task, args.kind, args.seed, args.more)
