@@ -1371,6 +1371,28 @@ def test_words_of_a_prompt_by_their_kind():
     assert found == {"object": ([(4, 9)], {"box"}), "number": ([(0, 3)], {"box"})}
 
 
+@torch.no_grad()
+def test_weights_that_make_the_steps_equal(pipe):
+    """Times its weight, the gradient of log_prob by v is as long at one step as at another."""
+    scene, lengths = Scene(pipe), []
+    inputs = scene.policy, scene.noise, scene.prompt, scene.stochastic
+    samples = study.equal_rollout(*inputs, torch.manual_seed(1), scene.core)
+    weights = allocation_weights(samples.maps, SIZE, "spatiotemporal")
+    means = weights.mean((-2, -1), keepdim=True)
+    assert_close(weights / means, allocation_weights(scene.rollout().maps, SIZE))
+    assert_close(means.mean(1), torch.ones(2, 1, 1))
+    for j, k in enumerate(scene.stochastic):
+        velocity, x = scene.velocity(k), samples.latents[:, k]
+        sigma, after = scene.sigmas[k : k + 2]
+        with torch.enable_grad():
+            velocity.requires_grad_()
+            _, mean, std = sde_step(x, velocity, sigma, after, 1, 0.7, 0.0)
+            logp = position_log_prob(mean.detach() + std * scene.noise, mean, std)
+            (slope,) = torch.autograd.grad(logp.sum(), velocity)
+        lengths.append(means[:, j].flatten() * (slope / scene.noise).abs().mean((1, 2, 3)))
+    assert_close(lengths, lengths[:1] * 3)
+
+
 def test_credit_of_clauses_by_hand(monkeypatch):
     """Credits and advantages add up to those of the whole; each clause has its own map."""
     credits = torch.rand(2, 4, 2)

@@ -200,10 +200,12 @@ def changed_maps(kind, task, pipe, samples, generator):
     """The maps that a kind of allocation uses instead of those of the samples, [B, S, 8, 8].
 
     shuffled: the same values in random places. oracle: the true region of each finished image.
-    late: the map of the last trained step for all of them.
+    late: the map of the last trained step for all of them. equal_uniform: the mean of each map.
     """
     if kind == "uniform":
         return torch.ones_like(samples.log_prob)
+    if kind == "equal_uniform":
+        return samples.maps.mean((-2, -1), keepdim=True).expand_as(samples.maps)
     if kind == "shuffled":
         values = samples.maps.flatten(2)
         order = torch.rand(values.shape, generator=generator).argsort(-1).to(values.device)
@@ -242,6 +244,23 @@ def positive_loss(log_prob, old_log_prob, advantages, weights, clip_range):
     """star_loss that allocates positive advantages only."""
     weights = torch.where(advantages.view(-1, 1, 1) > 0, weights, 1.0)
     return STAR_LOSS(log_prob, old_log_prob, advantages, weights, clip_range)
+
+
+def equal_rollout(policy, latents, prompt, stochastic, generator, words, recorded=None):
+    """star.rollout with maps whose mean at each trained step is s / sqrt(dt), see star.sde_step.
+
+    With spatiotemporal weights the gradients of all trained steps are then about equally long.
+    """
+    samples = ROLLOUT(policy, latents, prompt, stochastic, generator, words, recorded)
+    if stochastic:
+        sigmas, means = policy.sigmas, []
+        for k in stochastic:
+            step = sigmas[k], sigmas[k + 1], sigmas[1], policy.noise_level
+            _, _, std = star.sde_step(latents, latents, *step, noise=0.0)
+            means.append(std / (sigmas[k] - sigmas[k + 1]))
+        scale = torch.tensor(means).view(-1, 1, 1) / samples.maps.mean((-2, -1), keepdim=True)
+        samples = replace(samples, maps=samples.maps * scale)
+    return samples
 
 
 def clause_rollout(policy, latents, prompt, stochastic, generator, words, recorded=()):
@@ -323,21 +342,35 @@ def clause_loss(log_prob, old_log_prob, advantages, weights, clip_range):
     return STAR_LOSS(log_prob, old_log_prob, ones, weights, clip_range)
 
 
+PATCHES = {  # kind: the allocation of star.py, and what replaces a name in star.py
+    "uniform": ("uniform", {}),
+    "spatiotemporal": ("spatiotemporal", {}),
+    **dict.fromkeys(["spatial", "shuffled", "oracle", "late", "objects"], ("spatial", {})),
+    "positive": ("spatial", dict(star_loss=positive_loss)),
+    "clauses": (
+        "spatial",
+        dict(Trainer=ClauseTrainer, rollout=clause_rollout, star_loss=clause_loss),
+    ),
+    **dict.fromkeys(["equal", "equal_uniform"], ("spatiotemporal", dict(rollout=equal_rollout))),
+}
+
+
 def train_kind(task, kind, seed, more=()):
     """star.main for one run of this kind of allocation, in runs/TASK-KIND-SEED by default."""
-    kinds = "uniform|spatial|spatiotemporal|shuffled|oracle|late|positive|objects|clauses"
-    known = re.fullmatch(kinds + r"|lam([\d.]+)", kind)
+    strength = re.fullmatch(r"lam([\d.]+)", kind)
+    known = strength or kind in PATCHES
     require(known, f"--kind {kind} is not known; `study.py train --help` lists the kinds")
     located = kind != "oracle" or task in LOCATED
     require(located, f"--kind oracle: the true region is not known for --task {task}")
     torch.manual_seed(seed)  # of the shuffled maps
+    allocation, patches = PATCHES["spatial" if strength else kind]
     KindTrainer.kind = kind
-    star.Trainer = ClauseTrainer if kind == "clauses" else KindTrainer
-    star.rollout = clause_rollout if kind == "clauses" else ROLLOUT
-    star.star_loss = dict(positive=positive_loss, clauses=clause_loss).get(kind, STAR_LOSS)
-    folder = f"runs/{short_name(task)}-{kind}-{seed}"
-    options = ["--task", task, "--seed", f"{seed}", "--out", folder, "--lam", known[1] or "1"]
-    options += ["--allocation", kind if kind in ("uniform", "spatiotemporal") else "spatial"]
+    plain = dict(Trainer=KindTrainer, rollout=ROLLOUT, star_loss=STAR_LOSS)
+    for name, replacement in (plain | patches).items():
+        setattr(star, name, replacement)
+    options = ["--task", task, "--seed", f"{seed}", "--allocation", allocation]
+    options += ["--lam", strength[1] if strength else "1"]
+    options += ["--out", f"runs/{short_name(task)}-{kind}-{seed}"]
     star.main([*options, *more])
 
 
@@ -350,7 +383,8 @@ def train(args):
     shuffled uses the values of the maps in random places. oracle uses the true region of each
     finished image. late uses the map of the last trained step for all of them. positive allocates
     positive advantages only. objects leaves numbers and relations out of the core words of geneval.
-    clauses allocates the credit of each of geneval's clauses by the map of its own words.
+    clauses allocates the credit of each of geneval's clauses by the map of its own words. equal and
+    equal_uniform are spatial and uniform with trained steps weighted to gradients of equal length.
     Options that are not listed here are passed on to star.py, such as --learning-rate 1e-4.
     """
     train_kind(args.task, args.kind, args.seed, args.more)
