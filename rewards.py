@@ -114,7 +114,7 @@ def read_prompts(file):
 class Task:
     """What tasks share: prompts from two files; all words but function words are core."""
 
-    own_prompts = "pickscore"  # tiny/prompts/<this>.txt and <this>_heldout.txt
+    own_prompts = "pickscore"  # tiny/prompts/<this>.txt and <this>_heldout.txt, for the miniature
     own_models, real_models = (), ()  # that score the miniature's images, and a real model's
     scale = 1.0
     monitors = ()
@@ -194,10 +194,11 @@ class OCR(Task):
     own_models, real_models = ("ocr",), ("florence-community/Florence-2-large",)
 
     def read(self, file):
-        for where, prompt in read_prompts(file):
+        lines = read_prompts(file)
+        for where, prompt in lines:
             missing = f"{where} has no text between straight double quotes: {prompt}"
             require(self.core_spans(prompt), missing)
-        return super().read(file)
+        return [prompt for _, prompt in lines]
 
     def core_spans(self, prompt):
         return quoted_span(prompt)
@@ -426,16 +427,16 @@ class GenEval(Task):
         labels = list(load_part(transformers.AutoConfig, self.models[0]).id2label.values())
         self.coco = len(labels) == len(COCO)  # COCO detectors differ in spelling, not in order
         self.labels = COCO if self.coco else labels
-        self.files, made = [prompts, heldout_prompts], []
-        if model or full_size:
-            made = geneval_prompts(self.labels, 2200)
-        else:
-            own = (TINY / "prompts/geneval.jsonl", TINY / "prompts/geneval_heldout.jsonl")
-            self.files = [file or own_file for file, own_file in zip(self.files, own)]
-        parts = zip(self.files, (made[:-200], made[-200:]))
-        parts = [self.read(file) if file else part for file, part in parts]
-        self.metadata = {record["prompt"]: record for record in parts[0] + parts[1]}
-        self.prompts, self.heldout_prompts = ([r["prompt"] for r in part] for part in parts)
+        made = geneval_prompts(self.labels, 2200) if model or full_size else []
+        if not made:
+            prompts = prompts or TINY / "prompts/geneval.jsonl"
+            heldout_prompts = heldout_prompts or TINY / "prompts/geneval_heldout.jsonl"
+        self.files = [prompts, heldout_prompts]
+        train = self.read(prompts) if prompts else made[:-200]
+        heldout = self.read(heldout_prompts) if heldout_prompts else made[-200:]
+        self.metadata = {record["prompt"]: record for record in train + heldout}
+        self.prompts = [record["prompt"] for record in train]
+        self.heldout_prompts = [record["prompt"] for record in heldout]
 
     def read(self, file):
         """The records of a file in the benchmark's format."""
@@ -468,10 +469,11 @@ class GenEval(Task):
         words = set()
         for clause in self.metadata[prompt]["include"]:
             name = clause["class"]
-            words |= {name, plural(name), name + ("es" if name[-1] == "s" else "s")}
+            words |= {name, plural(name)}
+            words.add(name + ("es" if name[-1] == "s" else "s"))  # the benchmark's own plural
             words |= {NUMBERS.get(clause["count"]), clause.get("color")}
             words.add(clause.get("position", [None])[0])
-        words = sorted(words - {None}, key=len, reverse=True)  # the last s-form is the benchmark's
+        words = sorted(words - {None}, key=len, reverse=True)
         pattern = "|".join(map(re.escape, words))
         return [match.span() for match in re.finditer(rf"\b({pattern})\b", prompt)]
 

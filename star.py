@@ -61,7 +61,10 @@ def arg(default, help, low=1, high=10**6):  # the bounds of numbers; most are co
 
 @dataclass
 class Arguments:
-    """These defaults suit the small model in tiny/ and the task ocr; see TINY and FULL_SIZE."""
+    """TINY and FULL_SIZE in star.py change some of these defaults for a task or a model.
+
+    The file config.json in the output folder has the values of a run.
+    """
 
     # the run
     task: str = arg("ocr", "ocr, geneval, pickscore, FILE.py:CLASS or a mix: ocr:0.7,pickscore:0.3")
@@ -107,7 +110,7 @@ class Arguments:
     ema_decay: float = arg(0.0, "decay of the weights' moving average; 0 is none", 0, 0.999999)
     # machine
     device: Literal["cpu", "cuda"] = arg("cuda" if torch.cuda.is_available() else "cpu", "device")
-    bfloat16: bool = arg(torch.cuda.is_available(), "bfloat16 autocast; the weights stay float32")
+    bfloat16: bool = arg(torch.cuda.is_available(), "bfloat16; the trained weights stay float32")
     gradient_checkpointing: bool = arg(False, "recompute activations: less memory, more time")
     compile: bool = arg(False, "compile the transformer's blocks: faster, but slow to start")
     low_memory: bool = arg(False, "other defaults for a small GPU (LOW_MEMORY); rewards on the CPU")
@@ -136,7 +139,7 @@ FULL_SIZE = dict(
     height=512, evaluation_steps=40, guidance_scale=4.5,     # [F]
     group_size=24, same_noise=False, global_std=True,        # [F]
     stochastic_range="0-4",     # [F] fast variant: a window of 3 steps in the first half
-    clip_range=6e-3,            # [F] 1e-4 for one ratio per image and step, see `star_loss`
+    clip_range=6e-3,            # [F] 1e-4 for one ratio per image and step; clips from update 2 on
     learning_rate=1e-5,         # [F] 3e-4 for LoRA; training all parameters needs far less
     ema_decay=0.99,             # [F] 0.9 after every eighth update, about the same
     kl_weight=0.04,             # [F] but divided by s^2; we divide by std^2, so ours is stronger
@@ -262,7 +265,7 @@ def allocation_weights(maps, size, allocation="spatial", lam=1.0):
 def sde_step(latents, velocity, sigma, sigma_next, sigma_max, noise_level, noise):
     """One step of the flow as a stochastic differential equation (Flow-GRPO, "From ODE to SDE").
 
-        s    = a * sqrt(sigma / (1 - sigma))          (sigma_max instead of sigma = 1)
+        s    = a * sqrt(sigma / (1 - sigma))          (at sigma = 1 divided by 1 - sigma_max)
         mean = x * (1 + s^2 / (2 sigma) * dt) + v * (1 + s^2 (1 - sigma) / (2 sigma)) * dt
              = x + v * dt + s^2 / 2 * score * -dt
         std  = s * sqrt(-dt)
@@ -375,19 +378,20 @@ def rollout(
 
 
 # ---------------------------------------------------------------------------------------- Objective
-def group_advantages(rewards, global_std=False, clip=None, eps=1e-4):
+def group_advantages(rewards, global_std=False, clip=None):
     """Rewards [K, G] -> advantages [K, G]: how much better is an image than the rest of its group?
 
-        A[i, g] = (r[i, g] - mean over g of r[i]) / (std over g of r[i] + eps)
+        A[i, g] = (r[i, g] - mean over g of r[i]) / (std over g of r[i] + 1e-4)
 
     Comparing images of the same prompt cancels its difficulty, so no value network is needed
-    (Flow-GRPO, "GRPO on Flow Matching"). A group of equal rewards teaches nothing: it gets 0, not
-    the rounding error of its mean. global_std divides by the std of all rewards instead.
+    (Flow-GRPO, "GRPO on Flow Matching"). A group of equal rewards teaches nothing. Its advantages
+    are exactly 0; otherwise the rounding error of the mean, divided by 1e-4, would remain.
+    global_std divides by the std of all rewards instead.
     """
     equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
     std = rewards.std(dim=None if global_std else 1, keepdim=True, unbiased=False)
     centred = rewards - rewards.mean(dim=1, keepdim=True)
-    advantages = torch.where(equal, 0.0, centred / (std + eps))
+    advantages = torch.where(equal, 0.0, centred / (std + 1e-4))
     return advantages if clip is None else advantages.clamp(-clip, clip)
 
 
@@ -403,8 +407,9 @@ def star_loss(log_prob, old_log_prob, advantages, weights, clip_range):
 
     How does this differ from Flow-GRPO? With w = 1 the first gradient after a rollout, where every
     ratio is 1, is the same. Later ones differ: Flow-GRPO clips one ratio per image and step, exp of
-    the mean over p. A mean over H * W positions spreads about sqrt(H * W) times less than one of
-    them, so eps must be wider here. With one update per iteration, the default, all are first ones.
+    the mean over p. Log-ratios averaged over H * W positions vary about sqrt(H * W) times less than
+    single ones, so eps must be larger here. With one update per iteration, the default, every ratio
+    is 1 and nothing is clipped.
 
     log_prob, old_log_prob, weights [B, S, H, W] or any shape that begins with B; advantages [B].
     Returns the loss, the ratios, and where the minimum is the clipped term. Raises ValueError for
@@ -480,13 +485,13 @@ class Trainer:
         with naming(f"--model {args.model}"):
             self.pipe = load_pipeline(args.model, **parts)
             tokenizers = [self.pipe.tokenizer, self.pipe.tokenizer_2, self.pipe.tokenizer_3]
-            limits = [getattr(each, "model_max_length", math.inf) for each in tokenizers]
-            words = [len(each) for each in tokenizers if each is not None]  # a guess has only 2
-            good = max(limits[: 2 + args.t5]) < 10**6 and min(words) > 2  # files may be missing
-            require(good, f"--model {args.model} has no tokenizer, or one without a token limit")
-        self.pipe.vae.to(args.device, torch.float32).requires_grad_(False)
+            bad = f"--model {args.model} has no tokenizer, or one without a token limit"
+            for each in tokenizers[: 2 + args.t5]:  # one whose files are missing knows 2 tokens
+                good = each is not None and len(each) > 2 and each.model_max_length < 10**6
+                require(good, bad)
+        self.pipe.vae.to(args.device).requires_grad_(False)
         self.pipe.vae.enable_slicing()  # decode one image at a time
-        self.transformer = transformer = self.pipe.transformer.to(torch.float32)
+        self.transformer = transformer = self.pipe.transformer
         self.reference = self.average = None  # copies of the weights, which wait on the CPU
         if args.kl_weight > 0:
             self.reference = copy.deepcopy(transformer).to(frozen).requires_grad_(False)
@@ -516,10 +521,10 @@ class Trainer:
         self.autocast = torch.autocast(args.device, torch.bfloat16, **options)
         self.empty_prompt = encode(self.pipe, [""], args.max_sequence_length)
 
-    def policy(self, transformer, steps, noise_level):
+    def policy(self, transformer, steps):
         self.pipe.scheduler.set_timesteps(steps)
-        sigmas = self.pipe.scheduler.sigmas.tolist()
-        return Policy(transformer, sigmas, noise_level, self.args.guidance_scale, self.empty_prompt)
+        sigmas, args = self.pipe.scheduler.sigmas.tolist(), self.args
+        return Policy(transformer, sigmas, args.noise_level, args.guidance_scale, self.empty_prompt)
 
     def encode(self, prompts):
         """What the model is conditioned on, and its core tokens: (context, pooled, core [B, L])."""
@@ -546,10 +551,10 @@ class Trainer:
 
         # seeded by the iteration, so that a resumed run draws the same numbers
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + iteration)
-        policy = self.policy(transformer, args.steps, args.noise_level)
+        policy = self.policy(transformer, args.steps)
 
-        # 1. Choose K prompts, and the S steps that are stochastic this time: few, since each costs
-        # a forward and a backward pass in the update, and others next time.
+        # 1. Choose K prompts and S consecutive steps that are stochastic. Each step costs a forward
+        # and a backward pass in the update, so S is small. Other iterations choose other steps.
         chosen = torch.randperm(len(self.task.prompts), generator=generator)[:K]
         prompts = [self.task.prompts[i] for i in chosen]
         first, last = step_range(args)
@@ -565,9 +570,9 @@ class Trainer:
         batches = []
         for index in torch.arange(K * G).split(args.batch_size):
             prompt = (context[group[index]], pooled[group[index]])
-            words = None if args.allocation == "uniform" else core[group[index]]
+            core_tokens = None if args.allocation == "uniform" else core[group[index]]
             with self.autocast:
-                samples = rollout(policy, noise[index], prompt, trained, generator, words)
+                samples = rollout(policy, noise[index], prompt, trained, generator, core_tokens)
             batches.append((samples, prompt, index))
         lap("rollout")
 
@@ -581,9 +586,9 @@ class Trainer:
         lap("reward")
 
         # 4. Make the actions behind the better images more likely, most of all at the core words.
-        # The rollout kept no graph, so each step is computed again with the current weights: how
-        # likely is the action that was taken now?
-        if self.reference:  # all means at once, since it visits the device for them
+        # The rollout kept no graph, so we compute each step again: how likely does the current
+        # policy make the action that was taken?
+        if self.reference:  # all means at once: only now is the reference on the device
             reference = replace(policy, transformer=self.reference)
             with on_device(args.device, self.reference), torch.no_grad(), self.autocast:
                 reference_means = [
@@ -631,12 +636,15 @@ class Trainer:
         }
 
     def generate(self, prompts, steps, recorded=()):
-        """A rollout without noise for each prompt, always from the same start, in batches."""
+        """Sample one image per prompt, deterministically, from the same noise in every call.
+
+        Yields one Rollout per batch.
+        """
         args, average = self.args, self.average
         generator = torch.Generator().manual_seed(args.seed)
         start = torch.randn(len(prompts), *self.shape, generator=generator).to(args.device)
         context, pooled, core = self.encode(prompts)
-        policy = self.policy(average.module if average else self.transformer, steps, 0.0)
+        policy = self.policy(average.module if average else self.transformer, steps)
         with on_device(args.device, *filter(None, [average])):
             for i in torch.arange(len(prompts)).split(args.batch_size):
                 prompt = (context[i], pooled[i])
@@ -672,7 +680,7 @@ class Trainer:
         return tensors
 
     def save(self, path, history):
-        """Write a checkpoint. Random numbers depend on the iteration alone, so it needs none."""
+        """Write a checkpoint. It needs no generator: seed and iteration give all random numbers."""
         save_file(self.tensors(), path, metadata={"history": json.dumps(history)})
 
     @torch.no_grad()
@@ -719,7 +727,7 @@ def draw_maps(trainer, prompts):
     steps, tiles = trainer.args.steps, []
     batches = trainer.generate(prompts, steps, recorded=range(steps))
     rows = [row for samples in batches for row in zip(samples.latents, samples.maps)]
-    sigmas = trainer.policy(trainer.transformer, steps, 0.0).sigmas
+    sigmas = trainer.policy(trainer.transformer, steps).sigmas
     for prompt, (latents, maps) in zip(prompts, rows):
         for k in range(steps):
             velocity = (latents[k + 1] - latents[k]) / (sigmas[k + 1] - sigmas[k])  # no noise here
@@ -761,8 +769,8 @@ CHECKPOINT, PARTIAL = "checkpoint.safetensors", ".partial-"  # in the output fol
 def make_parser():
     """One option per field of Arguments."""
     usage, about = "python star.py --task ocr [--option value ...]", __doc__.split("\n")[0]
-    shape = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(usage=usage, description=about, formatter_class=shape)
+    shape, more = argparse.ArgumentDefaultsHelpFormatter, Arguments.__doc__
+    parser = argparse.ArgumentParser(None, usage, about, more, formatter_class=shape)
     for each in fields(Arguments):
         options = dict(type=each.type, metavar={int: "N", float: "X"}.get(each.type, "NAME"))
         if each.type is bool:
@@ -820,7 +828,7 @@ def check(args, heights):
     require(cuda, "--device is cuda, but PyTorch finds no CUDA device; use cpu")
     images = args.prompts_per_iteration * args.group_size
     update = args.batch_size * args.updates_per_iteration
-    bad = f"{images} images (--prompts-per-iteration x --group-size) do not divide by {update}"
+    bad = f"{images} images (--prompts-per-iteration x --group-size), not a multiple of {update}"
     require(images % update == 0, f"{bad} (--batch-size x --updates-per-iteration)")
     first, last = step_range(args)
     inside = 0 <= first <= last - args.stochastic_steps + 1 and last < args.steps
@@ -949,8 +957,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    for name in ("SIGTERM", "SIGHUP"):  # end as Ctrl-C does; Windows has no SIGHUP
-        number = getattr(signal, name, signal.SIGTERM)
-        if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
-            signal.signal(number, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as Ctrl-C does
     main()

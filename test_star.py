@@ -576,10 +576,10 @@ def test_an_iteration_is_the_gradient_of_one_loss(options, monkeypatch):
     advantages = star.group_advantages(rewards.view(2, 4), args.global_std, 1.0).flatten()
     assert (latents[:4, 0] == latents[0, 0]).all() == args.same_noise
     for i in torch.arange(8).chunk(args.updates_per_iteration):
-        new, means = log_prob(trainer.policy(twin, 4, 0.7), latents, steps, prompt)
+        new, means = log_prob(trainer.policy(twin, 4), latents, steps, prompt)
         loss = star_loss(new[i], old[i], advantages[i], weights[i], 2e-2)[0]
         if reference:
-            _, others = log_prob(trainer.policy(reference, 4, 0.7), latents, steps, prompt)
+            _, others = log_prob(trainer.policy(reference, 4), latents, steps, prompt)
             kl = (means - others.detach()).square().mean() / 2
             assert line["kl"] == pytest.approx(kl.item(), rel=1e-3)
             loss = loss + args.kl_weight * kl
@@ -1093,8 +1093,8 @@ EARLY = """
     --model no/such/folder; --model nobody/nothing | hf auth login
     --model IN/flux | is a FluxTransformer2DModel; only SD3Transformer2DModel
     --group-size 1 | --group-size is 1; use a number from 2 to 1000000
-    --batch-size 7 | 8 images (--prompts-per-iteration x --group-size) do not divide by 7
-    --updates-per-iteration 5 | do not divide by 20
+    --batch-size 7 | 8 images (--prompts-per-iteration x --group-size), not a multiple of 7
+    --updates-per-iteration 5 | not a multiple of 20
     --stochastic-range 0-4; --stochastic-range 9-12 | must lie within --steps 4
     --stochastic-range 2-2 | and hold --stochastic-steps 2
     --stochastic-range often | --stochastic-range often must be FIRST-LAST
@@ -1414,7 +1414,7 @@ def test_credit_of_clauses_by_hand(monkeypatch):
 
     context, pooled, words = trainer.encode([prompt] * 2)
     assert words.any(2).all() and not words.all(1).any()
-    policy = trainer.policy(trainer.transformer, 4, 0.7)
+    policy = trainer.policy(trainer.transformer, 4)
     inputs = policy, torch.randn(2, *trainer.shape), (context, pooled), (1, 2)
     samples = study.clause_rollout(*inputs, torch.manual_seed(0), words)
     trainer.args.group_size = 2

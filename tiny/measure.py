@@ -82,7 +82,7 @@ def matrix_speed(device, dtype):
 def forward_flops(trainer):
     """Floating-point operations of one forward pass for one image, twice that with guidance."""
     args = trainer.args
-    policy = trainer.policy(trainer.transformer, args.steps, args.noise_level)
+    policy = trainer.policy(trainer.transformer, args.steps)
     latents = torch.zeros(1, *trainer.shape, device=args.device)
     with FlopCounterMode(display=False) as counter, torch.no_grad(), trainer.autocast:
         policy.velocity(latents, 0, trainer.empty_prompt)

@@ -612,7 +612,7 @@ def sign_quality(args):
     torch.manual_seed(0)
     noise = torch.randn(clean.shape)
     context, pooled, core = trainer.encode([shot["caption"] for shot in shots])
-    policy = trainer.policy(transformer, trainer.args.steps, 0.0)
+    policy = trainer.policy(transformer, trainer.args.steps)
     every = list(range(len(transformer.transformer_blocks)))
     choices = {f"block {block}": [block] for block in every}
     choices |= {"last half": every[len(every) // 2 :], "all blocks": every}
@@ -710,7 +710,7 @@ def problem(args):
     prompts = [trainer.task.heldout_prompts[args.seed]] * 16
     noise = torch.randn(1, *trainer.shape).expand(len(prompts), -1, -1, -1)
     context, pooled, core = trainer.encode(prompts)
-    policy = trainer.policy(trainer.transformer, trainer.args.steps, trainer.args.noise_level)
+    policy = trainer.policy(trainer.transformer, trainer.args.steps)
     samples = star.rollout(policy, noise, (context, pooled), (1, 2, 3), core_tokens=core)
     images = star.decode(trainer.pipe, samples.latents[:, -1])
     rewards = scores(trainer.task, images, prompts)
@@ -742,7 +742,7 @@ def estimate(trainer, kinds, steps):
     group = torch.arange(K).repeat_interleave(G)
     prompts = [task.prompts[i] for i in chosen]
     context, pooled, core = trainer.encode(prompts)
-    policy = trainer.policy(trainer.transformer, args.steps, args.noise_level)
+    policy = trainer.policy(trainer.transformer, args.steps)
     noise = torch.randn(K, *trainer.shape)[group]
     batches, images = [], []
     for index in torch.arange(K * G).split(args.batch_size):
