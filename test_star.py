@@ -5,6 +5,7 @@ The tests with numbers hold the nine facts that README.md lists.
 
 import copy
 import inspect
+import itertools
 import json
 import math
 import multiprocessing
@@ -14,6 +15,7 @@ import re
 import resource
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -1233,6 +1235,9 @@ def test_statistics_of_a_comparison_by_hand():
     # the median of nine draws is one of the two least of nine values with probability 3.0%, which
     # is P(Binomial(9, 2/9) >= 5), and the least with 0.1%
     assert study.interval([*range(1, 10)]) == (2, 8)
+    values = [4.0, 1, math.inf, 2.5, 7, 3.25]
+    draws = sorted(map(statistics.median, itertools.product(values, repeat=6)))
+    assert study.interval(values) == (draws[1166], draws[45489])  # 2.5% and 97.5% of 6**6
 
 
 def test_gradient_measures_of_known_gradients():

@@ -10,6 +10,7 @@ prompt (--model stabilityai/stable-diffusion-3.5-medium for a real one):
 """
 
 import argparse
+import bisect
 import copy
 import functools
 import inspect
@@ -23,7 +24,7 @@ import re
 import shutil
 import statistics
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
@@ -428,11 +429,27 @@ def spread(values, form):
     return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
-def interval(values, repeats=10_000):
-    """A 95% interval of the median: the bootstrap draws the seeds again, with replacement."""
-    rng = random.Random(0)
-    medians = sorted(statistics.median(rng.choices(values, k=len(values))) for _ in range(repeats))
-    return medians[round(0.025 * repeats)], medians[round(0.975 * repeats) - 1]
+@functools.cache
+def middles(n):
+    """Draw n of n sorted values with replacement: how often are the i-th and j-th in the middle?
+
+    {(i, j): number of draws}, n**n draws in all. The median is the mean of the two.
+    """
+    counts = Counter()
+    for drawn in itertools.combinations_with_replacement(range(n), n):
+        orders = math.factorial(n)
+        for same in Counter(drawn).values():
+            orders //= math.factorial(same)
+        counts[drawn[(n - 1) // 2], drawn[n // 2]] += orders
+    return counts
+
+
+def interval(values):
+    """A 95% interval of the median by bootstrap over seeds, from all possible draws."""
+    values, n = sorted(values), len(values)
+    medians = sorted(((values[i] + values[j]) / 2, count) for (i, j), count in middles(n).items())
+    share = [drawn / n**n for drawn in itertools.accumulate(count for _, count in medians)]
+    return tuple(medians[bisect.bisect_left(share, level)][0] for level in (0.025, 0.975))
 
 
 def estimated(values, form):
@@ -478,27 +495,30 @@ def compare(args):
 
     The others are compared with the kind --base. The runs must differ in nothing but kind, learning
     rate and seed. In round brackets are the least and the most of the seeds, in square ones a 95%
-    interval of the median (bootstrap). p is the sign test's.
+    interval of the median (bootstrap). p is the sign test's. Equal is neither better nor sooner.
     """
     runs, base, goal, reward = read_runs(args), args.base, args.goal, "heldout_reward"
     first, name = [lines[0] for lines in runs[base].values()], args.report or "held-out reward"
     print(f"{name} before: {spread([line[reward] for line in first], '.3f')}")
     print(
         f"| allocation | learning rate | seeds | {name} at the end | mean over the run | against"
-        f" {base} | better on | p | images to {goal:.3g} | against {base} |\n" + "| --- " * 10 + "|"
+        f" {base} | better on | p | images to {goal:.3g} | against {base} | sooner on |\n"
+        + "| --- " * 11
+        + "|"
     )
     for kind, seeds in runs.items():
         rows = []
         for seed in sorted(seeds.keys() & runs[base].keys()):
             ours, theirs = seeds[seed], runs[base][seed]
             reach, base_reach = images_to_reach(ours, goal), images_to_reach(theirs, goal)
-            gain = area(ours) - area(theirs)
+            gain = round(area(ours) - area(theirs), 9)  # equal but for rounding is equal
             rows.append((ours[-1][reward], area(ours), gain, reach, ratio(reach, base_reach)))
         require(rows, f"no run of {kind} has the seed of a run of {base}")
         ends, areas, gains, reaches, ratios = zip(*rows)
         ahead = f"{sum(gain > 0 for gain in gains)} of {len(rows)} | {sign_test(gains):.2g}"
         against = f"{estimated(gains, '+.3f')} | {ahead}" if kind != base else " | | "
-        sooner = estimated(ratios, ".2f") if kind != base else ""
+        sooner = f"{sum(each < 1 for each in ratios)} of {len(rows)}"
+        sooner = f"{estimated(ratios, '.2f')} | {sooner}" if kind != base else " | "
         rates = ", ".join(sorted({f"{lines[0]['learning_rate']:g}" for lines in seeds.values()}))
         print(
             f"| {kind} | {rates} | {len(rows)} | {spread(ends, '.3f')} | {spread(areas, '.3f')} |"
