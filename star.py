@@ -193,7 +193,7 @@ class AttentionAllocator:
 
     transformer is diffusers' SD3Transformer2DModel, core_tokens is bool [B, L], see
     `core_tokens_of`. With guidance the batch is [unconditional; conditional], and only the
-    conditional half is recorded. `blocks` defaults to the last quarter, which locates words best.
+    conditional half is recorded. `blocks` defaults to the last quarter, which locates words well.
     `map` averages all that was recorded: use one allocator per step. Compiled blocks see the hook
     only if torch._dynamo.config.skip_nnmodule_hook_guards is False when they are first called.
     """
@@ -250,9 +250,9 @@ def allocation_weights(maps, size, allocation="spatial", lam=1.0):
         spatiotemporal:  w[b, k, p] = (1 - lam) + lam * m[b, k, p] / mean over k and p of m[b]
 
     Mean 1 redistributes the advantage without increasing it. Unequal weights bias the gradient: it
-    no longer follows the expected reward exactly. We trade that for a larger share of signal in it,
-    since positions that do not affect the reward only add noise. Where the reward is about more
-    than the core words, this hurts: use uniform. Where nothing attends to core words (a prompt may
+    no longer follows the expected reward exactly. We trade that for a larger share of signal in it:
+    where core words decide the reward, the other positions only add noise. Where the reward is
+    about more than the core words, use uniform. Where nothing attends to core words (a prompt may
     have none), w = 1. For video: maps [B, S, f, h, w] and size (frames, H, W).
     """
     maps = F.interpolate(maps.float(), size=size, mode="nearest")  # the patch of a token shares m
