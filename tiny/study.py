@@ -853,7 +853,8 @@ def gradients(args):
 
 def tricks(args):
     """Measure the held-out reward at several guidance scales, and with more contrast."""
-    trainer = load_trainer("--task", args.task, "--model", args.model)
+    options = ["--task", args.task, "--model", args.model, "--evaluation-steps", str(args.steps)]
+    trainer = load_trainer(*options)
     prompts = trainer.task.heldout_prompts[: args.images]
 
     def show(name, metrics):
@@ -965,7 +966,7 @@ COMMANDS = {
     map_quality: "objects images model save",
     problem: "seed save",
     gradients: "task repeats save",
-    tricks: "task images model",
+    tricks: "task images model steps",
     faults: "task images model",
 }
 
