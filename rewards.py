@@ -24,13 +24,11 @@ import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
-from transformers.models.mask2former.modeling_mask2former import Mask2FormerPreTrainedModel
 
 TINY = Path(__file__).parent / "tiny"
 
@@ -391,22 +389,13 @@ def geneval_prompts(labels, count, seed=0, settings=("a photo of {}",)):
     return records
 
 
-class Segmenter(Mask2FormerPreTrainedModel):
-    """Mask2FormerForUniversalSegmentation without its training loss, which would need SciPy."""
+def segmenter_class():
+    """Mask2FormerForUniversalSegmentation; only its training loss needs SciPy."""
+    # Importing this module takes most of a second, which only GenEval should cost.
+    from transformers.models.mask2former import modeling_mask2former as module
 
-    _keys_to_ignore_on_load_unexpected = ["criterion"]
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.model = transformers.Mask2FormerModel(config)
-        self.class_predictor = torch.nn.Linear(config.hidden_dim, config.num_labels + 1)
-        self.post_init()
-
-    def forward(self, pixel_values):
-        output = self.model(pixel_values=pixel_values)
-        classes = self.class_predictor(output.transformer_decoder_last_hidden_state)
-        masks = output.masks_queries_logits[-1]
-        return SimpleNamespace(class_queries_logits=classes, masks_queries_logits=masks)
+    module.requires_backends = lambda *needed: None
+    return module.Mask2FormerForUniversalSegmentation
 
 
 class GenEval(Task):
@@ -481,7 +470,7 @@ class GenEval(Task):
         size = dict(size=DETECTOR_SIZE) if self.coco else {}
         kind = transformers.AutoImageProcessor
         self.detector_processor = load_part(kind, self.models[0], **size)
-        self.detector = load_model(Segmenter, self.models[0], device)
+        self.detector = load_model(segmenter_class(), self.models[0], device)
         self.clip_processor = load_part(transformers.AutoProcessor, self.models[1])
         self.clip = load_model(transformers.CLIPModel, self.models[1], device)
 

@@ -978,7 +978,7 @@ def test_geneval_makes_prompts_from_labels():
 def test_a_coco_detector_gets_the_benchmark_s_size_and_names(judges, tmp_path):
     config = transformers.AutoConfig.from_pretrained("tiny/detector")
     config.id2label = {i: f"label {i}" for i in range(80)}
-    rewards.Segmenter(config).save_pretrained(tmp_path)
+    rewards.segmenter_class()(config).save_pretrained(tmp_path)
     shutil.copy("tiny/detector/preprocessor_config.json", tmp_path)
     task = GenEval(model=f"{tmp_path},tiny/clip")
     task.load("cpu")

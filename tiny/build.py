@@ -78,9 +78,9 @@ from rewards import (
     COLOUR_PROMPTS,
     NUMBERS,
     RELATIONS,
-    Segmenter,
     geneval_prompts,
     plural,
+    segmenter_class,
     unit,
     with_article,
 )
@@ -1053,7 +1053,7 @@ def build_detector(device):
         id2label=dict(enumerate(SHAPES)),
         label2id={shape: i for i, shape in enumerate(SHAPES)},
     )
-    model = Segmenter(config).to(device).train()
+    model = segmenter_class()(config).to(device).train()
     nothing = len(SHAPES)
 
     classes, masks, images = [], [], []
@@ -1111,7 +1111,6 @@ def build_detector(device):
                 dice=f"{loss_dice.item():.3f}",
                 exact=f"{agree.item():.2f}",
             )
-    model.config.architectures = ["Mask2FormerForUniversalSegmentation"]
     model.eval().save_pretrained(HERE / "detector")
     processor = Mask2FormerImageProcessorPil(
         size={"height": SIZE, "width": SIZE},
