@@ -361,8 +361,8 @@ def train_kind(task, kind, seed, more=()):
     strength = re.fullmatch(r"lam([\d.]+)", kind)
     known = strength or kind in PATCHES
     require(known, f"--kind {kind} is not known; `study.py train --help` lists the kinds")
-    located = kind != "oracle" or task in LOCATED
-    require(located, f"--kind oracle: the true region is not known for --task {task}")
+    tasks = dict(oracle=LOCATED, clauses=("geneval",)).get(kind, (task,))
+    require(task in tasks, f"--kind {kind} is for --task {' or '.join(tasks)}, not for {task}")
     torch.manual_seed(seed)  # of the shuffled maps
     allocation, patches = PATCHES["spatial" if strength else kind]
     KindTrainer.kind = kind
