@@ -769,8 +769,8 @@ CHECKPOINT, PARTIAL = "checkpoint.safetensors", ".partial-"  # in the output fol
 def make_parser():
     """One option per field of Arguments."""
     usage, about = "python star.py --task ocr [--option value ...]", __doc__.split("\n")[0]
-    shape, more = argparse.ArgumentDefaultsHelpFormatter, Arguments.__doc__
-    parser = argparse.ArgumentParser(None, usage, about, more, formatter_class=shape)
+    options = dict(epilog=Arguments.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(usage=usage, description=about, **options)
     for each in fields(Arguments):
         options = dict(type=each.type, metavar={int: "N", float: "X"}.get(each.type, "NAME"))
         if each.type is bool:

@@ -150,15 +150,6 @@ class Brightness(Task):
         return [sum(ImageStat.Stat(image).mean) / 3 / 255 for image in images]
 
 
-class BrightnessByText(Brightness):
-    """The same reward, but the core words are the sign's text, which has nothing to do with it."""
-
-    own_prompts = "ocr"
-
-    def core_spans(self, prompt):
-        return quoted_span(prompt)
-
-
 LOCATED = ("ocr", "geneval")  # tasks whose true region is known
 
 
@@ -304,15 +295,14 @@ class ClauseTrainer(KindTrainer):
                 for prompt, record in task.metadata.items()
             }
 
-        def number(metadata, prompt):  # of credits, see rewards.judge
-            clauses = metadata[prompt]["include"]
+        def number(task, prompt):  # of credits, see rewards.judge
+            clauses = task.metadata[prompt]["include"]
             return sum(1 + ("color" in clause) + ("position" in clause) for clause in clauses)
 
         def reward_and_credits(images, prompts):
             whole = torch.tensor(reward(images, prompts))
             first = torch.tensor(self.parts[0].reward(images, prompts))
-            metadata = self.parts[0].metadata, task.metadata
-            share = [number(metadata[0], each) / number(metadata[1], each) for each in prompts]
+            share = [number(self.parts[0], each) / number(task, each) for each in prompts]
             first = first * torch.tensor(share)
             self.credits = torch.stack([first, whole - first], dim=-1)
             return whole
