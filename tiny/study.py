@@ -11,7 +11,6 @@ prompt (--model stabilityai/stable-diffusion-3.5-medium for a real one):
 
 import argparse
 import bisect
-import copy
 import functools
 import inspect
 import itertools
@@ -150,6 +149,7 @@ class Brightness(Task):
         return [sum(ImageStat.Stat(image).mean) / 3 / 255 for image in images]
 
 
+KINDS = ["uniform", "spatial", "spatiotemporal", "lam0.5", "shuffled", "oracle"]
 LOCATED = ("ocr", "geneval")  # tasks whose true region is known
 
 
@@ -192,18 +192,13 @@ def changed_maps(kind, task, pipe, samples, generator):
     """The maps that a kind of allocation uses instead of those of the samples, [B, S, 8, 8].
 
     shuffled: the same values in random places. oracle: the true region of each finished image.
-    late: the map of the last trained step for all of them. equal_uniform: the mean of each map.
     """
     if kind == "uniform":
         return torch.ones_like(samples.log_prob)
-    if kind == "equal_uniform":
-        return samples.maps.mean((-2, -1), keepdim=True).expand_as(samples.maps)
     if kind == "shuffled":
         values = samples.maps.flatten(2)
         order = torch.rand(values.shape, generator=generator).argsort(-1).to(values.device)
         return values.gather(-1, order).view_as(samples.maps)
-    if kind == "late":
-        return samples.maps[:, -1:].expand_as(samples.maps)
     if kind == "oracle":
         images = star.decode(pipe, samples.latents[:, -1])
         regions = torch.stack([true_region(task, image) for image in images])
@@ -216,149 +211,21 @@ class KindTrainer(star.Trainer):
 
     kind = "spatial"
 
-    def __init__(self, args, task):
-        if self.kind == "objects":
-            spans, left_out = task.core_spans, {*NUMBERS.values(), *RELATIONS}
-            task.core_spans = lambda prompt: [
-                span for span in spans(prompt) if prompt[slice(*span)] not in left_out
-            ]
-        super().__init__(args, task)
-
     def weights(self, samples):
         maps = changed_maps(self.kind, self.task, self.pipe, samples, None)
         return super().weights(replace(samples, maps=maps))
 
 
-STAR_LOSS, ROLLOUT = star.star_loss, star.rollout
-
-
-def positive_loss(log_prob, old_log_prob, advantages, weights, clip_range):
-    """star_loss that allocates positive advantages only."""
-    weights = torch.where(advantages.view(-1, 1, 1) > 0, weights, 1.0)
-    return STAR_LOSS(log_prob, old_log_prob, advantages, weights, clip_range)
-
-
-def equal_rollout(policy, latents, prompt, stochastic, generator, words, recorded=None):
-    """star.rollout with maps whose mean at each trained step is s / sqrt(dt), see star.sde_step.
-
-    With spatiotemporal weights the gradients of all trained steps are then about equally long.
-    """
-    samples = ROLLOUT(policy, latents, prompt, stochastic, generator, words, recorded)
-    if stochastic:
-        sigmas, means = policy.sigmas, []
-        for k in stochastic:
-            step = sigmas[k], sigmas[k + 1], sigmas[1], policy.noise_level
-            _, _, std = star.sde_step(latents, latents, *step, noise=0.0)
-            means.append(std / (sigmas[k] - sigmas[k + 1]))
-        scale = torch.tensor(means).view(-1, 1, 1) / samples.maps.mean((-2, -1), keepdim=True)
-        samples = replace(samples, maps=samples.maps * scale)
-    return samples
-
-
-def clause_rollout(policy, latents, prompt, stochastic, generator, words, recorded=()):
-    """star.rollout with one map for each clause: [B, S, 2, 8, 8].
-
-    words: bool [B, 2, L], the core tokens of each clause. The maps come from further passes over
-    the same latents.
-    """
-    samples = ROLLOUT(policy, latents, prompt, stochastic, generator, words.any(1), recorded)
-    maps = []
-    for k, tokens in itertools.product(stochastic, words.unbind(1)):
-        with torch.no_grad(), star.AttentionAllocator(policy.transformer, tokens) as allocator:
-            policy.velocity(samples.latents[:, k], k, prompt)
-        maps.append(allocator.map())
-    if maps:  # a rollout of training
-        maps = torch.stack(maps, 1).unflatten(1, (-1, 2)).unflatten(-1, (8, 8))
-        samples = replace(samples, maps=maps)
-    return samples
-
-
-def clause_advantages(credits):
-    """The credits of a reward's parts [K, G, N] -> their advantages, which add up to the whole's.
-
-    The divisor is that of the whole reward, see star.group_advantages.
-    """
-    std = credits.sum(-1).std(1, unbiased=False)[:, None, None]
-    centred = credits - credits.mean(1, keepdim=True)
-    return torch.where(std > 1e-6, centred / (std + 1e-4), 0.0)  # parts add up to within 1e-7
-
-
-class ClauseTrainer(KindTrainer):
-    """Allocates the credit of each clause of a GenEval prompt to the words of that clause."""
-
-    def __init__(self, args, task):
-        super().__init__(args, task)
-        self.parts, reward = [copy.copy(task), copy.copy(task)], task.reward
-        for i, part in enumerate(self.parts):
-            part.metadata = {
-                prompt: record | {"include": record["include"][i : i + 1]}
-                for prompt, record in task.metadata.items()
-            }
-
-        def number(task, prompt):  # of credits, see rewards.judge
-            clauses = task.metadata[prompt]["include"]
-            return sum(1 + ("color" in clause) + ("position" in clause) for clause in clauses)
-
-        def reward_and_credits(images, prompts):
-            whole = torch.tensor(reward(images, prompts))
-            first = torch.tensor(self.parts[0].reward(images, prompts))
-            share = [number(self.parts[0], each) / number(task, each) for each in prompts]
-            first = first * torch.tensor(share)
-            self.credits = torch.stack([first, whole - first], dim=-1)
-            return whole
-
-        task.reward = reward_and_credits
-
-    def encode(self, prompts):
-        context, pooled, _ = super().encode(prompts)
-        words = []
-        for part in self.parts:
-            spans = [part.metadata[p]["include"] and part.core_spans(p) for p in prompts]
-            length = self.args.max_sequence_length
-            words.append(star.core_tokens_of(self.pipe, prompts, spans, length))
-        return context, pooled, torch.stack(words, dim=1)
-
-    def weights(self, samples):
-        """The advantages of the clauses, each at its own words: for clause_loss, [B, S, H, W]."""
-        credits = self.credits.unflatten(0, (-1, self.args.group_size))
-        advantages = clause_advantages(credits).flatten(0, 1)[:, :, None, None, None]  # [B, 2, ...]
-        maps = samples.maps.unbind(2)
-        weights = torch.stack([star.allocation_weights(m, self.shape[1:]) for m in maps], dim=1)
-        return (weights * advantages).sum(1)
-
-
-def clause_loss(log_prob, old_log_prob, advantages, weights, clip_range):
-    """star_loss with advantages that are already allocated."""
-    ones = torch.ones_like(advantages)
-    return STAR_LOSS(log_prob, old_log_prob, ones, weights, clip_range)
-
-
-PATCHES = {  # kind: the allocation of star.py, and what replaces a name in star.py
-    "uniform": ("uniform", {}),
-    "spatiotemporal": ("spatiotemporal", {}),
-    **dict.fromkeys(["spatial", "shuffled", "oracle", "late", "objects"], ("spatial", {})),
-    "positive": ("spatial", dict(star_loss=positive_loss)),
-    "clauses": (
-        "spatial",
-        dict(Trainer=ClauseTrainer, rollout=clause_rollout, star_loss=clause_loss),
-    ),
-    **dict.fromkeys(["equal", "equal_uniform"], ("spatiotemporal", dict(rollout=equal_rollout))),
-}
-
-
 def train_kind(task, kind, seed, more=()):
     """star.main for one run of this kind of allocation, in runs/TASK-KIND-SEED by default."""
     strength = re.fullmatch(r"lam([\d.]+)", kind)
-    known = strength or kind in PATCHES
+    known = strength or kind in KINDS
     require(known, f"--kind {kind} is not known; `study.py train --help` lists the kinds")
-    tasks = dict(oracle=LOCATED, clauses=("geneval",)).get(kind, (task,))
-    require(task in tasks, f"--kind {kind} is for --task {' or '.join(tasks)}, not for {task}")
+    located = kind != "oracle" or task in LOCATED
+    require(located, f"--kind oracle is for --task {' or '.join(LOCATED)}, not for {task}")
     torch.manual_seed(seed)  # of the shuffled maps
-    allocation, patches = PATCHES["spatial" if strength else kind]
-    KindTrainer.kind = kind
-    plain = dict(Trainer=KindTrainer, rollout=ROLLOUT, star_loss=STAR_LOSS)
-    for name, replacement in (plain | patches).items():
-        setattr(star, name, replacement)
+    KindTrainer.kind, star.Trainer = kind, KindTrainer
+    allocation = kind if kind in ("uniform", "spatiotemporal") else "spatial"
     options = ["--task", task, "--seed", f"{seed}", "--allocation", allocation]
     options += ["--lam", strength[1] if strength else "1"]
     options += ["--out", f"runs/{short_name(task)}-{kind}-{seed}"]
@@ -372,11 +239,8 @@ def train(args):
 
     uniform, spatial, spatiotemporal and lam0.5 (or another strength) are what star.py offers.
     shuffled uses the values of the maps in random places. oracle uses the true region of each
-    finished image. late uses the map of the last trained step for all of them. positive allocates
-    positive advantages only. objects leaves numbers and relations out of the core words of geneval.
-    clauses allocates the credit of each of geneval's clauses by the map of its own words. equal and
-    equal_uniform are spatial and uniform with trained steps weighted to gradients of equal length.
-    Options that are not listed here are passed on to star.py, such as --learning-rate 1e-4.
+    finished image. Options that are not listed here are passed on to star.py, such as
+    --learning-rate 1e-4.
     """
     train_kind(args.task, args.kind, args.seed, args.more)
 
@@ -531,7 +395,6 @@ def plot(args):
 
 
 # --------------------------------------------------------------------------------- The whole study
-KINDS = ["uniform", "spatial", "spatiotemporal", "lam0.5", "shuffled", "oracle"]
 TUNING_SEEDS, FINAL_SEEDS = range(100, 104), range(10, 20)
 
 
