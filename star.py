@@ -121,7 +121,7 @@ class Arguments:
 TINY = dict(
     ocr=dict(
         monitor="pickscore,signs", learning_rate=4e-4,
-        ema_decay=0.8,  # the average of the weights ends at 0.97 or more on all seeds tried
+        ema_decay=0.8,  # at this rate, the average ends at 0.97 or more on all seeds tried
     ),
     geneval=dict(
         prompts_per_iteration=6, batch_size=48, iterations=30, evaluate_every=15,

@@ -188,7 +188,7 @@ def true_region(task, image):
     return region
 
 
-def changed_maps(kind, task, pipe, samples, generator):
+def changed_maps(kind, task, pipe, samples):
     """The maps that a kind of allocation uses instead of those of the samples, [B, S, 8, 8].
 
     shuffled: the same values in random places. oracle: the true region of each finished image.
@@ -197,7 +197,7 @@ def changed_maps(kind, task, pipe, samples, generator):
         return torch.ones_like(samples.log_prob)
     if kind == "shuffled":
         values = samples.maps.flatten(2)
-        order = torch.rand(values.shape, generator=generator).argsort(-1).to(values.device)
+        order = torch.rand(values.shape).argsort(-1).to(values.device)
         return values.gather(-1, order).view_as(samples.maps)
     if kind == "oracle":
         images = star.decode(pipe, samples.latents[:, -1])
@@ -212,7 +212,7 @@ class KindTrainer(star.Trainer):
     kind = "spatial"
 
     def weights(self, samples):
-        maps = changed_maps(self.kind, self.task, self.pipe, samples, None)
+        maps = changed_maps(self.kind, self.task, self.pipe, samples)
         return super().weights(replace(samples, maps=maps))
 
 
@@ -627,7 +627,7 @@ def estimate(trainer, kinds, steps):
     advantages = star.group_advantages(rewards, args.global_std, args.advantage_clip).flatten()
     parameters, estimates = list(trainer.transformer.parameters()), defaultdict(float)
     for samples, prompt, index in batches:
-        maps = [changed_maps(kind, task, trainer.pipe, samples, None) for kind in kinds]
+        maps = [changed_maps(kind, task, trainer.pipe, samples) for kind in kinds]
         weights = [star.allocation_weights(each, trainer.shape[1:]) for each in maps]
         for j, k in enumerate(steps):
             _, mean, std = policy.step(samples.latents[:, k], k, prompt)
