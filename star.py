@@ -24,7 +24,6 @@ the noise level, which falls from 1 (noise) to 0 (image).
 """
 
 import argparse
-import copy
 import json
 import math
 import re
@@ -36,7 +35,7 @@ import textwrap
 import time
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -48,10 +47,9 @@ from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from rewards import UserError, make_task, naming, parts_of, require, scores
+from rewards import SAFE, UserError, make_task, naming, networks, parts_of, require, scores
 
 
 # ---------------------------------------------------------------------------------------- Arguments
@@ -113,7 +111,8 @@ class Arguments:
     bfloat16: bool = arg(torch.cuda.is_available(), "bfloat16; the trained weights stay float32")
     gradient_checkpointing: bool = arg(False, "recompute activations: less memory, more time")
     compile: bool = arg(False, "compile the transformer's blocks: faster, but slow to start")
-    low_memory: bool = arg(False, "other defaults for a small GPU (LOW_MEMORY); rewards on the CPU")
+    offload: bool = arg(False, "move frozen models and averages to the GPU only for their use")
+    low_memory: bool = arg(False, "other defaults for a small GPU (LOW_MEMORY)")
 
 
 # What suits the tasks on the small model; tiny/RESULTS.md has the runs that this rests on.
@@ -142,12 +141,15 @@ FULL_SIZE = dict(
     clip_range=6e-3,            # [F] 1e-4 for one ratio per image and step; clips from update 2 on
     learning_rate=1e-5,         # [F] 3e-4 for LoRA; training all parameters needs far less
     ema_decay=0.99,             # [F] 0.9 after every eighth update, about the same
-    kl_weight=0.04,             # [F] but divided by s^2; we divide by std^2, so ours is stronger
-    prompts_per_iteration=8, batch_size=8, max_sequence_length=256, gradient_checkpointing=True,
+    kl_weight=0.04 * 0.058,     # [F] divides by s^2, we by std^2 = s^2 * -dt: mean -dt is 0.058
+    max_sequence_length=128,    # [F]
+    prompts_per_iteration=8, batch_size=8, gradient_checkpointing=True,
     iterations=500, evaluate_every=20, save_every=20,
 )
-FULL_SIZE_PICKSCORE = dict(kl_weight=0.01)                   # [F]
-LOW_MEMORY = dict(batch_size=1, gradient_checkpointing=True, optimizer="adafactor")
+FULL_SIZE_PICKSCORE = dict(kl_weight=0.01 * 0.058)           # [F]
+LOW_MEMORY = dict(
+    batch_size=1, gradient_checkpointing=True, optimizer="adafactor", offload=True,
+)
 # fmt: on
 
 
@@ -317,28 +319,32 @@ class Policy:
     guidance_scale: float
     empty_prompt: tuple  # for guidance. Prompts are (context [B, L, D], pooled [B, P])
 
-    def velocity(self, latents, k, prompt):
-        """The model's v [B, C, H, W], with classifier-free guidance."""
-        guided = self.guidance_scale != 1
-        context, pooled = prompt
-        if guided:  # [unconditional; conditional] in one pass
-            empty_context, empty_pooled = self.empty_prompt
-            latents = torch.cat([latents, latents])
-            context = torch.cat([empty_context.expand_as(context), context])
-            pooled = torch.cat([empty_pooled.expand_as(pooled), pooled])
+    def velocity(self, latents, k, prompt, recording=None):
+        """The model's v [B, C, H, W], with classifier-free guidance.
+
+        As in Flow-GRPO, no gradient flows through the unconditional half. `recording` is a context
+        for the conditional half, an AttentionAllocator.
+        """
         timestep = latents.new_full((len(latents),), 1000 * self.sigmas[k])  # SD3 counts to 1000
-        output = self.transformer(latents, context, pooled, timestep, return_dict=False)
-        velocity = output[0].float()
-        if not guided:
-            return velocity
-        unconditional, conditional = velocity.chunk(2)
+
+        def predict(context, pooled):
+            output = self.transformer(latents, context, pooled, timestep, return_dict=False)
+            return output[0].float()
+
+        with recording or nullcontext():
+            conditional = predict(*prompt)
+        if self.guidance_scale == 1:
+            return conditional
+        with torch.no_grad():
+            empty = (each.expand_as(like) for each, like in zip(self.empty_prompt, prompt))
+            unconditional = predict(*empty)
         return unconditional + self.guidance_scale * (conditional - unconditional)
 
-    def step(self, latents, k, prompt, noise=0.0, stochastic=True):
+    def step(self, latents, k, prompt, noise=0.0, stochastic=True, recording=None):
         """From step k to k + 1: (next x, mean, std)."""
         level = self.noise_level if stochastic else 0.0
         sigma, sigma_next, sigma_max = self.sigmas[k], self.sigmas[k + 1], self.sigmas[1]
-        velocity = self.velocity(latents, k, prompt)
+        velocity = self.velocity(latents, k, prompt, recording)
         return sde_step(latents, velocity, sigma, sigma_next, sigma_max, level, noise)
 
 
@@ -362,13 +368,12 @@ def rollout(
         recorded = () if core_tokens is None else stochastic
     h, w = (side // policy.transformer.config.patch_size for side in latents.shape[-2:])
     for k in range(len(policy.sigmas) - 1):
-        noise, allocator = 0.0, nullcontext()
+        noise, allocator = 0.0, None
         if k in stochastic:  # drawn on the CPU: the same numbers on every device
             noise = torch.randn(latents.shape, generator=generator).to(latents.device)
         if k in recorded:
             allocator = AttentionAllocator(policy.transformer, core_tokens)
-        with allocator:
-            latents, mean, std = policy.step(latents, k, prompt, noise, k in stochastic)
+        latents, mean, std = policy.step(latents, k, prompt, noise, k in stochastic, allocator)
         states.append(latents)
         if k in stochastic:
             log_probs.append(position_log_prob(latents, mean, std))
@@ -438,27 +443,42 @@ def kl_to_reference(mean, reference_mean, std):
 
 # ----------------------------------------------------------------------------------------- Training
 @contextmanager
-def on_device(device, *modules):
-    """Keep modules on the device within the block and on the CPU outside it."""
-    for module in modules:
-        module.to(device)
+def replaced(weights, values):
+    """Other values in place of these weights within the block."""
+    own = [weight.data for weight in weights]
+    for weight, value in zip(weights, values):
+        weight.data = value
     try:
         yield
     finally:
-        for module in modules:
-            module.to("cpu")
+        for weight, value in zip(weights, own):
+            weight.data = value
+
+
+def on_device(device, *modules):
+    """Frozen modules on the device within the block. Nothing has to be copied back."""
+    weights = [each for module in modules for each in (*module.parameters(), *module.buffers())]
+    return replaced(weights, [weight.data.to(device) for weight in weights])
 
 
 def load_pipeline(name, **parts):
     return diffusers.StableDiffusion3Pipeline.from_pretrained(name, use_safetensors=True, **parts)
 
 
+def load_transformer(name, **options):
+    options |= dict(subfolder="transformer", use_safetensors=True)
+    return diffusers.SD3Transformer2DModel.from_pretrained(name, **options).requires_grad_(False)
+
+
+def text_encoders(pipe):
+    return list(filter(None, [pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3]))
+
+
 @torch.no_grad()
 def encode(pipe, prompts, length):
     """Prompts -> (context [B, L, D], pooled [B, P])."""
-    encoders = filter(None, [pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3])
     device, options = pipe.transformer.device, dict(max_sequence_length=length)
-    with on_device(device, *encoders):
+    with on_device(device, *text_encoders(pipe)):
         context, _, pooled, _ = pipe.encode_prompt(
             prompts, None, None, device, do_classifier_free_guidance=False, **options
         )
@@ -472,17 +492,46 @@ def decode(pipe, latents):
     return pipe.image_processor.postprocess(pipe.vae.decode(latents).sample.float())
 
 
+@torch.no_grad()
+def update_average(average, weights, decay, n):
+    """The exponential moving average of the weights, after update n = 0, 1, ...
+
+        average = d * average + (1 - d) * weights,      d = min(decay, (1 + n) / (10 + n))
+
+    d is smaller at first, as in Flow-GRPO: otherwise the average would stay near the start.
+    """
+    d = min(decay, (1 + n) / (10 + n))
+    for mean, weight in zip(average, weights):
+        mean.lerp_(weight.to(mean.device), 1 - d)
+
+
+def can_compile(device):
+    """Whether torch.compile finds what it needs, such as a C++ compiler. If not, says so."""
+    try:
+        torch.compile(lambda x: x.exp() + 1)(torch.ones(8, device=device))
+    except Exception as error:  # PyTorch raises many kinds
+        print(f"--compile is left out: {str(error).strip().splitlines()[0]}")
+        return False
+    return True
+
+
+PART = 100  # tensors per file of a checkpoint: what is written is copied to main memory first
+
+
 class Trainer:
     """The models and the optimizer; `iterate` is one round of sample, score and update."""
 
     def __init__(self, args, task):
         self.args, self.task = args, task
+        home = "cpu" if args.offload else args.device  # of what is not trained
         for each in (task, *task.monitors):
-            each.load("cpu" if args.low_memory else args.device)
+            each.load(args.device)
+            for network in networks(each):
+                network.to(home)
         frozen = torch.bfloat16 if args.bfloat16 else torch.float32
         parts = dict(dtype={"transformer": torch.float32, "vae": torch.float32, "default": frozen})
         parts |= {} if args.t5 else dict(text_encoder_3=None, tokenizer_3=None)
-        with naming(f"--model {args.model}"):
+        with naming(f"--model {args.model} ({SAFE})"):
             self.pipe = load_pipeline(args.model, **parts)
             tokenizers = [self.pipe.tokenizer, self.pipe.tokenizer_2, self.pipe.tokenizer_3]
             bad = f"--model {args.model} has no tokenizer, or one without a token limit"
@@ -491,29 +540,31 @@ class Trainer:
                 require(good, bad)
         self.pipe.vae.to(args.device).requires_grad_(False)
         self.pipe.vae.enable_slicing()  # decode one image at a time
-        self.transformer = transformer = self.pipe.transformer
-        self.reference = self.average = None  # copies of the weights, which wait on the CPU
-        if args.kl_weight > 0:
-            self.reference = copy.deepcopy(transformer).to(frozen).requires_grad_(False)
+        for encoder in text_encoders(self.pipe):
+            encoder.to(home)
+        self.transformer = transformer = self.pipe.transformer.to(args.device)
+        self.weights = list(transformer.parameters())
+        # the starting weights, and a moving average: lists of tensors like `weights`
+        self.reference = self.average = None
+        if args.kl_weight > 0:  # of the same dtype as in the file, they take no main memory
+            start = load_transformer(args.model, dtype=frozen).to(home)
+            self.reference = [weight.data for weight in start.parameters()]
         if args.ema_decay > 0:
-            update = get_ema_multi_avg_fn(args.ema_decay)
-            self.average = AveragedModel(transformer, "cpu", multi_avg_fn=update)
-            self.average.update_parameters(transformer)  # the first call copies, later ones average
-        transformer.to(args.device)
+            self.average = [weight.data.to(home, copy=True) for weight in self.weights]
         if args.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
-        if args.compile:
+        if args.compile and can_compile(args.device):
             torch._dynamo.config.skip_nnmodule_hook_guards = False  # see AttentionAllocator
             torch._dynamo.config.cache_size_limit = 64  # with and without hooks, gradients, ...
             for block in transformer.transformer_blocks:
                 block.compile()
-        parameters, options = transformer.parameters(), dict(weight_decay=args.weight_decay)
+        options = dict(weight_decay=args.weight_decay)
         if args.optimizer == "adamw":  # fused needs no temporary copy of the weights
             options["fused"] = args.device == "cuda"
-            self.optimizer = torch.optim.AdamW(parameters, args.learning_rate, **options)
+            self.optimizer = torch.optim.AdamW(self.weights, args.learning_rate, **options)
         else:  # with eps[1] = 1 the learning rate means what it means for AdamW
             options["eps"] = (None, 1.0)
-            self.optimizer = torch.optim.Adafactor(parameters, args.learning_rate, **options)
+            self.optimizer = torch.optim.Adafactor(self.weights, args.learning_rate, **options)
         scale = self.pipe.vae_scale_factor
         side = args.height // scale if args.height else transformer.config.sample_size
         self.shape = (transformer.config.in_channels, side, side)
@@ -521,10 +572,18 @@ class Trainer:
         self.autocast = torch.autocast(args.device, torch.bfloat16, **options)
         self.empty_prompt = encode(self.pipe, [""], args.max_sequence_length)
 
-    def policy(self, transformer, steps):
+    def policy(self, steps):
         self.pipe.scheduler.set_timesteps(steps)
-        sigmas, args = self.pipe.scheduler.sigmas.tolist(), self.args
-        return Policy(transformer, sigmas, args.noise_level, args.guidance_scale, self.empty_prompt)
+        sigmas, guidance = self.pipe.scheduler.sigmas.tolist(), self.args.guidance_scale
+        return Policy(self.transformer, sigmas, self.args.noise_level, guidance, self.empty_prompt)
+
+    def with_weights(self, values):
+        """The transformer with the reference or the average for weights, within the block."""
+        return replaced(self.weights, [value.to(self.args.device) for value in values])
+
+    def scores(self, task, images, prompts):
+        with on_device(self.args.device, *networks(task)):
+            return scores(task, images, prompts)
 
     def encode(self, prompts):
         """What the model is conditioned on, and its core tokens: (context, pooled, core [B, L])."""
@@ -532,7 +591,7 @@ class Trainer:
         core = core_tokens_of(self.pipe, prompts, spans, length).to(self.args.device)
         return *encode(self.pipe, prompts, length), core
 
-    def weights(self, samples):
+    def allocation(self, samples):
         """How the advantage of each image is allocated: [B, S, H, W]."""
         if self.args.allocation == "uniform":
             return torch.ones_like(samples.log_prob)
@@ -540,7 +599,7 @@ class Trainer:
 
     def iterate(self, iteration):
         """Sample, score, update. Returns the metrics of the iteration."""
-        args, transformer, metrics = self.args, self.transformer, defaultdict(list)
+        args, metrics = self.args, defaultdict(list)
         K, G, S = args.prompts_per_iteration, args.group_size, args.stochastic_steps
         begin, seconds = time.perf_counter(), {}
 
@@ -551,7 +610,7 @@ class Trainer:
 
         # seeded by the iteration, so that a resumed run draws the same numbers
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + iteration)
-        policy = self.policy(transformer, args.steps)
+        policy = self.policy(args.steps)
 
         # 1. Choose K prompts and S consecutive steps that are stochastic. Each step costs a forward
         # and a backward pass in the update, so S is small. Other iterations choose other steps.
@@ -580,7 +639,7 @@ class Trainer:
         finished = [samples.latents[:, -1] for samples, _, _ in batches]
         images = [image for latents in finished for image in decode(self.pipe, latents)]
         lap("decode")
-        rewards = scores(self.task, images, [prompts[i] for i in group]).view(K, G)
+        rewards = self.scores(self.task, images, [prompts[i] for i in group]).view(K, G)
         advantages = group_advantages(rewards, args.global_std, args.advantage_clip)
         advantages = advantages.flatten().to(args.device)
         lap("reward")
@@ -588,41 +647,43 @@ class Trainer:
         # 4. Make the actions behind the better images more likely, most of all at the core words.
         # The rollout kept no graph, so we compute each step again: how likely does the current
         # policy make the action that was taken?
-        if self.reference:  # all means at once: only now is the reference on the device
-            reference = replace(policy, transformer=self.reference)
-            with on_device(args.device, self.reference), torch.no_grad(), self.autocast:
+        if self.reference:  # all means at once: only now are its weights on the device
+            with self.with_weights(self.reference), torch.no_grad(), self.autocast:
                 reference_means = [
-                    [reference.step(samples.latents[:, k], k, prompt)[1] for k in trained]
+                    [policy.step(samples.latents[:, k], k, prompt)[1] for k in trained]
                     for samples, prompt, _ in batches
                 ]
         per_update = len(batches) // args.updates_per_iteration
         for number, (samples, prompt, index) in enumerate(batches):
-            weights = self.weights(samples)
+            weights = self.allocation(samples)
             metrics["weight_peak"].append(weights.amax((-2, -1)).mean())
-            for j, k in enumerate(trained):  # one backward pass per step: less memory
+            teaches = advantages[index] != 0  # no image is trained on its KL alone
+            for j, k in enumerate(trained if teaches.any() else ()):
                 with self.autocast:
                     _, mean, std = policy.step(samples.latents[:, k], k, prompt)
                 old = samples.log_prob[:, j]
                 new = position_log_prob(samples.latents[:, k + 1], mean, std)
-                loss, ratio, clipped = star_loss(
+                metrics["ratio_mean"].append((new.detach() - old).exp().mean())
+                if number < per_update:  # The weights are still those of the rollout. So the ratio
+                    old = new.detach()  # is 1, but compiled code rounds differently there.
+                loss, _, clipped = star_loss(
                     new, old, advantages[index], weights[:, j], args.clip_range
                 )
                 if self.reference:
-                    kl = kl_to_reference(mean, reference_means[number][j], std).mean()
-                    loss = loss + args.kl_weight * kl
-                    metrics["kl"].append(kl.detach())
-                (loss / (per_update * S)).backward()  # the mean over the update's batches and steps
-                metrics["ratio_mean"].append(ratio.mean())
+                    kl = kl_to_reference(mean, reference_means[number][j], std).mean((-2, -1))
+                    loss = loss + args.kl_weight * (kl * teaches).mean()
+                    metrics["kl"].append(kl.detach().mean())
+                (loss / (per_update * S)).backward()  # per step: less memory than for all at once
                 metrics["clip_fraction"].append(clipped.float().mean())
             if (number + 1) % per_update == 0:
-                parameters = transformer.parameters()
-                norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_gradient_norm)
+                norm = torch.nn.utils.clip_grad_norm_(self.weights, args.max_gradient_norm)
                 require(norm.isfinite(), "the gradient is not finite; lower --learning-rate")
                 metrics["gradient_norm"].append(norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
                 if self.average:
-                    self.average.update_parameters(transformer)
+                    done = (iteration - 1) * args.updates_per_iteration + number // per_update
+                    update_average(self.average, self.weights, args.ema_decay, done)
         lap("update")
 
         return {
@@ -640,12 +701,12 @@ class Trainer:
 
         Yields one Rollout per batch.
         """
-        args, average = self.args, self.average
+        args = self.args
         generator = torch.Generator().manual_seed(args.seed)
         start = torch.randn(len(prompts), *self.shape, generator=generator).to(args.device)
         context, pooled, core = self.encode(prompts)
-        policy = self.policy(average.module if average else self.transformer, steps)
-        with on_device(args.device, *filter(None, [average])):
+        policy = self.policy(steps)
+        with self.with_weights(self.average) if self.average else nullcontext():
             for i in torch.arange(len(prompts)).split(args.batch_size):
                 prompt = (context[i], pooled[i])
                 with self.autocast:  # closed before yield: the caller must not run under it
@@ -656,12 +717,12 @@ class Trainer:
         """One image per prompt: (metrics, images, rewards)."""
         batches = self.generate(prompts, self.args.evaluation_steps)
         images = [image for b in batches for image in decode(self.pipe, b.latents[:, -1])]
-        rewards = scores(self.task, images, prompts)
+        rewards = self.scores(self.task, images, prompts)
         error = rewards.std().item() / len(rewards) ** 0.5 if len(rewards) > 1 else None
-        with torch.no_grad():
+        with on_device(self.args.device, *networks(self.task)), torch.no_grad():
             report = self.task.report(images, prompts)
         for monitor in self.task.monitors:
-            report |= {type(monitor).__name__: scores(monitor, images, prompts).mean()}
+            report |= {type(monitor).__name__: self.scores(monitor, images, prompts).mean()}
         metrics = {
             "heldout_reward": rewards.mean().item(),
             "heldout_reward_standard_error": error,
@@ -671,37 +732,47 @@ class Trainer:
 
     def tensors(self):
         """All that training changes, by name: weights, the optimizer's state, the average."""
-        average = self.average.named_parameters() if self.average else ()
-        tensors = {f"average.{name}": weight for name, weight in average}
-        for name, weight in self.transformer.named_parameters():
+        tensors = {}
+        for i, (name, weight) in enumerate(self.transformer.named_parameters()):
             tensors[name] = weight
             state = self.optimizer.state[weight]
             tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
+            if self.average:
+                tensors[f"average.{name}"] = self.average[i]
         return tensors
 
-    def save(self, path, history):
+    def save(self, folder, history):
         """Write a checkpoint. It needs no generator: seed and iteration give all random numbers."""
-        save_file(self.tensors(), path, metadata={"history": json.dumps(history)})
+        folder.mkdir()
+        (folder / "history.json").write_text(json.dumps(history))
+        tensors = list(self.tensors().items())
+        for i in range(0, len(tensors), PART):
+            save_file(dict(tensors[i : i + PART]), folder / f"{i}.safetensors")
 
     @torch.no_grad()
-    def load(self, path):
+    def load(self, folder):
         """Continue from a checkpoint; returns the metrics so far."""
-        with naming(f"checkpoint {path}"), safe_open(path, "pt") as file:
-            for weight in self.transformer.parameters():
-                weight.grad = torch.zeros_like(weight)
-            self.optimizer.step()  # creates the optimizer's state; every value is replaced below
-            self.optimizer.zero_grad()
+        with naming(f"checkpoint {folder}"):
+            history, stored = json.loads((folder / "history.json").read_text()), {}
+            for file in folder.glob("*.safetensors"):
+                part = safe_open(file, "pt")
+                stored |= dict.fromkeys(part.keys(), part)
+            if any(name.startswith("optimizer.") for name in stored):
+                for weight in self.weights:
+                    weight.grad = torch.zeros_like(weight)
+                self.optimizer.step()  # creates the optimizer's state, whose values follow
+                self.optimizer.zero_grad()
             for name, tensor in self.tensors().items():
-                tensor.copy_(file.get_tensor(name))
-            return json.loads(file.metadata()["history"])
+                require(name in stored, f"checkpoint {folder} has no {name}; part of it is missing")
+                tensor.copy_(stored[name].get_tensor(name))
+            return history
 
     def save_pipeline(self, path):
         """Write a complete pipeline; what was not loaded (T5 with --no-t5) comes from --model."""
         parts = {name: part for name, part in self.pipe.components.items() if part}
-        if self.average:
-            parts["transformer"] = self.average.module
-        dtype = self.pipe.text_encoder.dtype
-        load_pipeline(self.args.model, dtype=dtype, **parts).save_pretrained(path)
+        pipe = load_pipeline(self.args.model, dtype=self.pipe.text_encoder.dtype, **parts)
+        with replaced(self.weights, self.average) if self.average else nullcontext():
+            pipe.save_pretrained(path, max_shard_size="2GB")  # each is copied to main memory
 
 
 # ------------------------------------------------------------------------------------------ Figures
@@ -727,7 +798,7 @@ def draw_maps(trainer, prompts):
     steps, tiles = trainer.args.steps, []
     batches = trainer.generate(prompts, steps, recorded=range(steps))
     rows = [row for samples in batches for row in zip(samples.latents, samples.maps)]
-    sigmas = trainer.policy(trainer.transformer, steps).sigmas
+    sigmas = trainer.policy(steps).sigmas
     for prompt, (latents, maps) in zip(prompts, rows):
         for k in range(steps):
             velocity = (latents[k + 1] - latents[k]) / (sigmas[k + 1] - sigmas[k])  # no noise here
@@ -763,7 +834,7 @@ def draw_curve(history, width=900, height=400, margin=50):
 
 
 # --------------------------------------------------------------------------------------------- Main
-CHECKPOINT, PARTIAL = "checkpoint.safetensors", ".partial-"  # in the output folder
+PARTIAL = ".partial-"  # names of folders in which something is being written
 
 
 def make_parser():
@@ -797,6 +868,8 @@ def parse_arguments(argv=None):
     name = parts_of(args.task)[0][0]
     if full_size:
         parser.set_defaults(**FULL_SIZE | (FULL_SIZE_PICKSCORE if name == "pickscore" else {}))
+        if args.device == "cuda" and torch.cuda.is_available():  # else `check` says that
+            parser.set_defaults(**for_gpu(torch.cuda.get_device_properties(0).total_memory / 2**30))
     else:
         parser.set_defaults(**TINY.get(name, {}))
     if args.low_memory:
@@ -808,6 +881,11 @@ def parse_arguments(argv=None):
     enough = len(task.prompts) >= args.prompts_per_iteration
     require(enough, f"{len(task.prompts)} training prompts: fewer than --prompts-per-iteration")
     return args, task
+
+
+def for_gpu(memory):
+    """What is fastest on a GPU with this many GiB; enough for SD3.5 Medium's defaults."""
+    return dict(compile=True, offload=memory < 76, gradient_checkpointing=memory < 120)
 
 
 def step_range(args):
@@ -842,9 +920,10 @@ def open_folder(args):
     """The output folder, and the settings that all parts of a run share."""
     task = re.sub(r"[^\w.]+", "-", args.task)
     folder = Path(args.out or f"runs/{task}-{args.allocation}-{args.seed}")
-    config, may_change = folder / "config.json", ("resume", "out", "iterations", "device")
+    may_change = "resume out iterations device compile offload gradient_checkpointing".split()
     settings = {name: value for name, value in asdict(args).items() if name not in may_change}
-    if config.exists() or (folder / CHECKPOINT).exists():
+    config = folder / "config.json"
+    if config.exists() or checkpoints(folder):
         require(args.resume, f"{folder} holds a run; --resume continues it, --out names another")
         with naming(config):
             before = json.loads(config.read_text())
@@ -854,15 +933,22 @@ def open_folder(args):
         require(not args.resume, f"{folder} holds no run that --resume could continue")
     with naming(f"--out {folder}"):  # fails now rather than after minutes of loading
         folder.mkdir(parents=True, exist_ok=True)
-        for partial in folder.glob(PARTIAL + "*"):  # of a run that was killed while writing
+        for partial in folder.rglob(PARTIAL + "*"):  # of a run that was killed while writing
             shutil.rmtree(partial)
         tempfile.TemporaryFile(dir=folder).close()
     return folder, settings
 
 
+def checkpoints(folder):
+    """The checkpoints of a run, checkpoint/ITERATION, the newest last."""
+    paths = (folder / "checkpoint").glob("*")
+    return sorted((path for path in paths if path.name.isdigit()), key=lambda path: int(path.name))
+
+
 def write(path, save, *content):
     """save(path, *content) to a temporary place, then move it: a kill leaves the old or the new."""
     with naming(f"{path} cannot be written"):
+        path.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=path.parent) as side:
             partial = Path(side, path.name)
             save(partial, *content)
@@ -883,10 +969,16 @@ def check_core_words(trainer):
         print(f"{sentence}: these train as with --allocation uniform")
 
 
+def evenly_spaced(prompts, count):
+    """At most `count` prompts from all parts of a file, which may be sorted by kind."""
+    count = min(count, len(prompts))
+    return [prompts[i * len(prompts) // count] for i in range(count)]
+
+
 def train(trainer, history, folder):
     """Iterate, evaluate, draw and save until the last iteration."""
     args, task = trainer.args, trainer.task
-    heldout = task.heldout_prompts[: args.evaluation_prompts]
+    heldout = evenly_spaced(task.heldout_prompts, args.evaluation_prompts)
     if not history:
         metrics, images, rewards = trainer.evaluate(heldout)
         history.append({"iteration": 0, "images": 0} | metrics)
@@ -910,7 +1002,9 @@ def train(trainer, history, folder):
         lines = "".join(json.dumps(line) + "\n" for line in history)
         write(folder / "metrics.jsonl", Path.write_text, lines)
         if iteration % args.save_every == 0 or last:
-            write(folder / CHECKPOINT, trainer.save, history)
+            write(folder / f"checkpoint/{iteration}", trainer.save, history)
+            for older in checkpoints(folder)[:-1]:
+                shutil.rmtree(older)
     write(folder / "maps.png", draw_maps(trainer, heldout[:4]).save)
     write(folder / "pipeline", trainer.save_pipeline)
 
@@ -936,13 +1030,17 @@ def main(argv=None):
         folder, settings = open_folder(args)
         trainer, history = Trainer(args, task), []
         size = sum(weight.numel() for weight in trainer.transformer.parameters()) / 1e6
-        print(f"{args.model} ({size:.1f}M parameters), task {args.task}, {args.device} -> {folder}")
+        ways = [
+            way for way in ("compile", "offload", "gradient_checkpointing") if getattr(args, way)
+        ]
+        device = " with ".join([args.device, ", ".join(ways)][: 1 + bool(ways)])
+        print(f"{args.model} ({size:.1f}M parameters), task {args.task}, {device} -> {folder}")
         if args.allocation != "uniform":
             check_core_words(trainer)
-        if (folder / CHECKPOINT).exists():
-            history = trainer.load(folder / CHECKPOINT)
+        for newest in checkpoints(folder)[-1:]:
+            history = trainer.load(newest)
         write(folder / "config.json", Path.write_text, json.dumps(settings, indent=1))
-        resumable = folder / CHECKPOINT
+        resumable = folder
         train(trainer, history, folder)
     except torch.OutOfMemoryError:
         sentence = "out of GPU memory; try --low-memory, --no-t5 or a smaller --batch-size"
@@ -952,7 +1050,8 @@ def main(argv=None):
         sentence = str(error)
     else:
         return
-    more = f"; --resume continues from {resumable}" if resumable and resumable.exists() else ""
+    saved = checkpoints(resumable)[-1:] if resumable else []
+    more = f"; --resume continues from {saved[0]}" if saved else ""
     sys.exit(f"star.py: {sentence}{more}")
 
 

@@ -8,6 +8,7 @@ COMMAND --help` describes a command and its options. This is a tool for Linux.
 
 import argparse
 import ast
+import copy
 import functools
 import inspect
 import itertools
@@ -82,7 +83,7 @@ def matrix_speed(device, dtype):
 def forward_flops(trainer):
     """Floating-point operations of one forward pass for one image, twice that with guidance."""
     args = trainer.args
-    policy = trainer.policy(trainer.transformer, args.steps)
+    policy = trainer.policy(args.steps)
     latents = torch.zeros(1, *trainer.shape, device=args.device)
     with FlopCounterMode(display=False) as counter, torch.no_grad(), trainer.autocast:
         policy.velocity(latents, 0, trainer.empty_prompt)
@@ -92,10 +93,12 @@ def forward_flops(trainer):
 def needed_flops(trainer, forward):
     """Floating-point operations that the method needs in an iteration, by phase."""
     args = trainer.args
-    passes = 4 if trainer.reference else 3  # a backward pass takes twice as long as a forward pass
+    halves = 1 if args.guidance_scale == 1 else 2
+    # a backward pass takes twice as long as a forward pass, and only one half has one
+    passes = halves + 2 + (halves if trainer.reference else 0)
     images = args.prompts_per_iteration * args.group_size
-    steps = dict(rollout=args.steps, update=passes * args.stochastic_steps)
-    return {phase: images * count * forward for phase, count in steps.items()}
+    steps = dict(rollout=args.steps * halves, update=passes * args.stochastic_steps)
+    return {phase: images * count * forward / halves for phase, count in steps.items()}
 
 
 def benchmark(args):
@@ -104,8 +107,9 @@ def benchmark(args):
     The first iteration of each warms up and does not count. FLOP utilisation is the number of
     floating-point operations that the method needs, divided by the time and by the speed of one
     large matrix product in the same precision. If F is the number of a forward pass, an image needs
-    T F for its rollout and 3 S F for its update, or 4 S F with a KL penalty. What gradient
-    checkpointing computes again does not count. All options of star.py may be added.
+    T F for its rollout and 3 S F for its update (2 S F with guidance, whose unconditional half has
+    no gradient), and S F more with a KL penalty. What gradient checkpointing computes again does
+    not count. All options of star.py may be added.
     """
     import resource  # Unix only
 
@@ -386,7 +390,7 @@ def tensors_of(module):
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all tensors that are alive, and remembers the peak of each phase.
 
-    Modules that wait on the CPU (`park`) do not count. What is alive at a peak is copied whenever
+    Tensors that wait on the CPU (`park`) do not count. What is alive at a peak is copied whenever
     the peak has grown by 0.2%: {serial number of a storage: bytes}.
     """
 
@@ -430,20 +434,27 @@ class LiveBytes(TorchDispatchMode):
             if self.total > 1.002 * copied:
                 self.copies[self.phase] = dict(self.bytes)
 
-    def park(self, module):
-        """The module moves to the CPU."""
+    def park(self, tensors):
+        """The tensors move to the CPU."""
         self.note_peak()
-        for tensor in tensors_of(module):
+        for tensor in tensors:
             number = self.serial[tensor.untyped_storage()._cdata]
             self.parked[number] = self.bytes.pop(number)
             self.total -= self.parked[number]
 
-    def unpark(self, module):
-        """The module moves to the device."""
-        for tensor in tensors_of(module):
+    def unpark(self, tensors):
+        """The tensors move to the device."""
+        for tensor in tensors:
             number = self.serial[tensor.untyped_storage()._cdata]
             self.bytes[number] = self.parked.pop(number)
             self.total += self.bytes[number]
+
+    def owned(self, bytes):
+        """Sizes in GiB by owner."""
+        sizes = defaultdict(float)
+        for number, size in bytes.items():
+            sizes[self.owners.get(number, "activations and temporary tensors")] += size / GIB
+        return sizes
 
     def start(self, phase):
         self.note_peak()
@@ -484,21 +495,33 @@ def float_layer_norm(x, shape, weight=None, bias=None, eps=1e-5):
 
 def count_iteration(settings, task, pipe, live):
     """One iteration of star.py, not the first, on this pipeline while `live` counts."""
-    encoders = filter(None, [pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3])
     originals = {name: getattr(star, name) for name in ("encode", "rollout", "decode")}
+    offloaded = settings.offload
+
+    @contextmanager
+    def present(tensors):
+        """Tensors that wait on the CPU are on the device within the block."""
+        if offloaded:
+            live.unpark(tensors)
+        yield
+        if offloaded:
+            live.park(tensors)
 
     class Trainer(star.Trainer):
         def policy(self, *args):
             with unset_fake_temporarily():  # the sigmas are real numbers
                 return super().policy(*args)
 
-    @contextmanager
+        @contextmanager
+        def with_weights(self, values):
+            with present(values), star.replaced(self.weights, values):
+                yield
+
     def on_device(device, *modules):
-        for module in modules:
-            live.unpark(module)
-        yield
-        for module in modules:
-            live.park(module)
+        return present([tensor for module in modules for tensor in tensors_of(module)])
+
+    def load_transformer(name, dtype):
+        return copy.deepcopy(pipe.transformer).to(dtype)
 
     def counted(name):
         def call(*args):
@@ -518,18 +541,21 @@ def count_iteration(settings, task, pipe, live):
     task.reward = lambda images, prompts: list(map(float, range(len(images))))
     pipe.image_processor.postprocess = list
     replaced = {name: counted(name) for name in originals}
-    with patch.multiple(star, on_device=on_device, load_pipeline=lambda *a, **k: pipe, **replaced):
-        for encoder in encoders:
-            live.add("text encoders", tensors_of(encoder))
-            live.park(encoder)
+    replaced |= dict(on_device=on_device, load_transformer=load_transformer)
+    with patch.multiple(star, load_pipeline=lambda *a, **k: pipe, **replaced):
+        encoders = [tensor for each in star.text_encoders(pipe) for tensor in tensors_of(each)]
+        live.add("text encoders", encoders)
+        if offloaded:
+            live.park(encoders)
         trainer = Trainer(settings, task)
         live.add("VAE", tensors_of(pipe.vae))
-        live.add("weights", list(trainer.transformer.parameters()))
+        live.add("weights", trainer.weights)
         live.add("position table", list(trainer.transformer.buffers()))
         for name in ("reference", "average"):
-            if copy := getattr(trainer, name):
-                live.add(name, tensors_of(copy))
-                live.park(copy)
+            if tensors := getattr(trainer, name):
+                live.add(name, tensors)
+                if offloaded:
+                    live.park(tensors)
         for group in trainer.optimizer.param_groups:
             group["fused"] = settings.optimizer == "adamw"  # as on a GPU
         for weight in trainer.transformer.parameters():
@@ -537,6 +563,8 @@ def count_iteration(settings, task, pipe, live):
         trainer.optimizer.step()  # creates the state, which is there from the second iteration on
         trainer.optimizer.zero_grad()
         live.add("optimizer's state", [list(s.values()) for s in trainer.optimizer.state.values()])
+        live.sizes = live.owned(live.bytes | live.parked)
+        live.saved = [tensor.nbytes for tensor in trainer.tensors().values()]
         trainer.optimizer.register_step_pre_hook(step)
         zero_grad = trainer.optimizer.zero_grad
         trainer.optimizer.zero_grad = lambda: (zero_grad(), live.start("update"))
@@ -592,6 +620,22 @@ def memory(args):
         f" {settings.batch_size}, {settings.optimizer}"
     )
     print_peaks(live, images / counted - 1)
+    print_main_memory(live)
+
+
+def print_main_memory(live):
+    """Print what waits in main memory, and what a run leaves on the disk, in GiB."""
+    sizes, saved, owned = live.owned(live.parked), live.saved, live.sizes
+    parts = [sum(saved[i : i + star.PART]) / GIB for i in range(0, len(saved), star.PART)]
+    sizes["largest part of a checkpoint"] = max(parts)
+    mapped = sizes.pop("reference", 0)
+    loading = owned["weights"] + owned["position table"] + owned["text encoders"]
+    listed = ", ".join(f"{name} {size:.2f}" for name, size in sizes.items())
+    print(f"main memory{sum(sizes.values()):6.2f} GiB: {listed}; while loading {loading:.2f}")
+    print(f"{'':<10}{mapped:7.2f} GiB more for the reference if its file has another dtype")
+    pipeline = loading + owned["VAE"]
+    twice = "twice while it is replaced"
+    print(f"disk      {sum(parts):7.2f} GiB: a checkpoint ({twice}); pipeline {pipeline:.2f}")
 
 
 def print_peaks(live, more=0.0):
@@ -601,14 +645,12 @@ def print_peaks(live, more=0.0):
     """
     for phase in ("encode", "rollout", "decode", "update", "optimizer"):
         peak = live.peaks[phase]
-        sizes = defaultdict(int)
-        for number, size in live.copies[phase].items():
-            sizes[live.owners.get(number, "activations and temporary tensors")] += size
+        sizes = live.owned(live.copies[phase])
         extra = more * sizes["rollouts"]
         sizes["rollouts"] += extra
         largest = sorted(sizes.items(), key=lambda item: -item[1])
-        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in largest if size > GIB / 200)
-        print(f"{phase:<10}{(peak + extra) / GIB:7.2f} GiB: {parts}")
+        parts = ", ".join(f"{name} {size:.2f}" for name, size in largest if size > 0.005)
+        print(f"{phase:<10}{peak / GIB + extra:7.2f} GiB: {parts}")
 
 
 # -------------------------------------------------------------------------------------------- Main

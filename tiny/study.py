@@ -211,9 +211,9 @@ class KindTrainer(star.Trainer):
 
     kind = "spatial"
 
-    def weights(self, samples):
+    def allocation(self, samples):
         maps = changed_maps(self.kind, self.task, self.pipe, samples)
-        return super().weights(replace(samples, maps=maps))
+        return super().allocation(replace(samples, maps=maps))
 
 
 def train_kind(task, kind, seed, more=()):
@@ -485,7 +485,7 @@ def sign_quality(args):
     torch.manual_seed(0)
     noise = torch.randn(clean.shape)
     context, pooled, core = trainer.encode([shot["caption"] for shot in shots])
-    policy = trainer.policy(transformer, trainer.args.steps)
+    policy = trainer.policy(trainer.args.steps)
     every = list(range(len(transformer.transformer_blocks)))
     choices = {f"block {block}": [block] for block in every}
     choices |= {"last half": every[len(every) // 2 :], "all blocks": every}
@@ -583,7 +583,7 @@ def problem(args):
     prompts = [trainer.task.heldout_prompts[args.seed]] * 16
     noise = torch.randn(1, *trainer.shape).expand(len(prompts), -1, -1, -1)
     context, pooled, core = trainer.encode(prompts)
-    policy = trainer.policy(trainer.transformer, trainer.args.steps)
+    policy = trainer.policy(trainer.args.steps)
     samples = star.rollout(policy, noise, (context, pooled), (1, 2, 3), core_tokens=core)
     images = star.decode(trainer.pipe, samples.latents[:, -1])
     rewards = scores(trainer.task, images, prompts)
@@ -615,7 +615,7 @@ def estimate(trainer, kinds, steps):
     group = torch.arange(K).repeat_interleave(G)
     prompts = [task.prompts[i] for i in chosen]
     context, pooled, core = trainer.encode(prompts)
-    policy = trainer.policy(trainer.transformer, args.steps)
+    policy = trainer.policy(args.steps)
     noise = torch.randn(K, *trainer.shape)[group]
     batches, images = [], []
     for index in torch.arange(K * G).split(args.batch_size):
@@ -625,7 +625,7 @@ def estimate(trainer, kinds, steps):
         images += star.decode(trainer.pipe, samples.latents[:, -1])
     rewards = scores(task, images, [prompts[i] for i in group]).view(K, G)
     advantages = star.group_advantages(rewards, args.global_std, args.advantage_clip).flatten()
-    parameters, estimates = list(trainer.transformer.parameters()), defaultdict(float)
+    estimates = defaultdict(float)
     for samples, prompt, index in batches:
         maps = [changed_maps(kind, task, trainer.pipe, samples) for kind in kinds]
         weights = [star.allocation_weights(each, trainer.shape[1:]) for each in maps]
@@ -635,7 +635,9 @@ def estimate(trainer, kinds, steps):
             for kind, each in zip(kinds, weights):
                 old, weight = samples.log_prob[:, j], each[:, j]
                 loss, _, _ = star.star_loss(new, old, advantages[index], weight, args.clip_range)
-                pieces = torch.autograd.grad(loss, parameters, None, True, materialize_grads=True)
+                pieces = torch.autograd.grad(
+                    loss, trainer.weights, None, True, materialize_grads=True
+                )
                 estimates[kind, k] += torch.cat([piece.flatten() for piece in pieces])
     return estimates
 
@@ -708,7 +710,7 @@ def tricks(args):
     """Measure the held-out reward at several guidance scales, and with more contrast."""
     options = ["--task", args.task, "--model", args.model, "--evaluation-steps", str(args.steps)]
     trainer = load_trainer(*options)
-    prompts = trainer.task.heldout_prompts[: args.images]
+    prompts = star.evenly_spaced(trainer.task.heldout_prompts, args.images)
 
     def show(name, metrics):
         error = metrics["heldout_reward_standard_error"]
