@@ -562,8 +562,8 @@ class Trainer:
         if args.optimizer == "adamw":  # fused needs no temporary copy of the weights
             options["fused"] = args.device == "cuda"
             self.optimizer = torch.optim.AdamW(self.weights, args.learning_rate, **options)
-        else:  # with eps[1] = 1 the learning rate means what it means for AdamW
-            options["eps"] = (None, 1.0)
+        else:  # 1e-18: gradients of any size; 1: the learning rate means what it means for AdamW
+            options["eps"] = (1e-18, 1.0)
             self.optimizer = torch.optim.Adafactor(self.weights, args.learning_rate, **options)
         scale = self.pipe.vae_scale_factor
         side = args.height // scale if args.height else transformer.config.sample_size

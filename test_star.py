@@ -803,13 +803,17 @@ def test_without_t5_in_bfloat16_with_little_memory(tmp_path, capsys):
     assert core.sum(1).tolist() == [3, 3] and not core[:, 20:].any()
 
 
-def test_adafactor_steps_are_as_long_as_the_learning_rate():
-    """As AdamW's: where all gradients are equal, a step moves each weight by the learning rate."""
+@pytest.mark.parametrize("size", [1.0, 1e-8])
+def test_adafactor_steps_are_as_long_as_the_learning_rate(size):
+    """As AdamW's, for gradients of any size: where all gradients are equal, a step moves each
+    weight by the learning rate. And a row of smaller gradients moves as far as the others."""
     trainer = trainer_of("--optimizer adafactor --learning-rate 1e-3 --weight-decay 0")
     weights = list(trainer.transformer.parameters())
     starts = copy.deepcopy(weights)
     for weight in weights:
-        weight.grad = torch.ones_like(weight)
+        weight.grad = torch.full_like(weight, size)
+        if weight.dim() > 1:
+            weight.grad[0] /= 4
     trainer.optimizer.step()
     for weight, start in zip(weights, starts):
         length = 1e-3 * start.square().mean().sqrt().clamp_min(1)  # of large weights, relative
@@ -1467,13 +1471,21 @@ def test_memory_of_a_fake_run_is_that_of_a_real_run(options):
     )
 
 
-def test_what_allocation_adds_to_a_rollout():
-    """In 6 of 24 blocks, at 3 of 10 steps, for the half with the prompt."""
+def test_what_allocation_adds_to_an_iteration(monkeypatch):
+    """In 2 of 8 blocks, at 3 of 10 steps, for the half with the prompt. A trained step takes one
+    forward pass for each half and a backward pass, which is as long as two, for one."""
+    eight = measure.SHAPES["sd3.5-medium"] | dict(num_layers=8)
+    monkeypatch.setitem(measure.SHAPES, "eight blocks", eight)
     image, text, width = 32 * 32, 77 + 128, 24 * 64
     projections = 2 * (2 * image + text) * width**2
     attention = 4 * image * (image + text) * width
-    both = [measure.rollout_flops("sd3.5-medium", name) for name in ("uniform", "spatial")]
-    assert both[1] - both[0] == 6 * 3 * (projections + attention) < 0.01 * both[0]
+    both = [measure.iteration_flops("eight blocks", name) for name in ("uniform", "spatial")]
+    uniform, spatial = (flops.pop("rollout") * 1e12 for flops in both)
+    assert spatial - uniform == pytest.approx(2 * 3 * (projections + attention))
+    assert spatial < 1.01 * uniform
+    for flops in both:
+        assert flops["update"] * 1e12 == pytest.approx(uniform * 3 * (2 + 2) / (10 * 2), rel=0.01)
+        assert flops["reference"] * 1e12 == pytest.approx(uniform * 3 / 10, rel=0.001)
 
 
 def test_shuffled_maps_have_the_same_values_in_other_places():

@@ -425,7 +425,7 @@ def build_prompts(device):
         (folder / name).write_text("".join(line + "\n" for line in lines))
 
     for name, seed, sign_share in [("ocr", 11, 1.0), ("pickscore", 15, 0.5)]:
-        for ending, held_out, count in [("", False, 2000), ("_heldout", True, 120)]:
+        for ending, held_out, count in [("", False, 2000), ("_heldout", True, 96)]:
             rng, texts = random.Random(seed + held_out), all_targets(held_out)
             captions = (picture(rng, texts, sign_share)["caption"] for _ in range(count))
             write(f"{name}{ending}.txt", captions)

@@ -157,24 +157,44 @@ def benchmark(args):
 
 
 # ---------------------------------------------------------------------------------------- Overhead
-def rollout_flops(shapes, allocation):
-    """Floating-point operations of a rollout of one image of 512 pixels with guidance."""
-    tokens = 77 + star.FULL_SIZE["max_sequence_length"]
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        prompt = torch.zeros(1, tokens, 4096), torch.zeros(1, 2048)
+def iteration_flops(shapes, allocation, checkpointing=False):
+    """Floating-point operations of an iteration for one image of 512 pixels with guidance 4.5."""
+    tokens, flops = 77 + star.FULL_SIZE["max_sequence_length"], {}
+
+    @contextmanager
+    def counted(phase):
+        with FlopCounterMode(display=False) as counter:
+            yield
+        flops[phase] = counter.get_total_flops() / 1e12
+
+    with torch.device("meta"):
+        prompt, latents = (
+            (torch.zeros(1, tokens, 4096), torch.zeros(1, 2048)),
+            torch.zeros(1, 16, 64, 64),
+        )
         core = torch.zeros(1, tokens, dtype=torch.bool) if allocation == "spatial" else None
         sigmas = [1 - k / 10 for k in range(11)]
         policy = star.Policy(make_part("transformer", shapes), sigmas, 0.7, 4.5, prompt)
-        star.rollout(policy, torch.zeros(1, 16, 64, 64), prompt, range(3), core_tokens=core)
-    return counter.get_total_flops()
+        if checkpointing:
+            policy.transformer.enable_gradient_checkpointing()
+        with counted("rollout"):
+            star.rollout(policy, latents, prompt, range(3), core_tokens=core)
+        with counted("reference"), torch.no_grad():
+            for k in range(3):
+                policy.step(latents, k, prompt)
+        with counted("update"):
+            for k in range(3):
+                policy.step(latents, k, prompt)[1].sum().backward()
+    return flops | {"iteration": sum(flops.values())}
 
 
 def overhead(args):
     """Measure what spatial costs against uniform.
 
     First the CPU seconds of one thread for whole iterations of the miniature. They are steadier
-    than the clock where other programs run. Then the floating-point operations of a rollout at the
-    real shapes, 10 steps of which 3 are recorded. Uniform and spatial do the same in the update.
+    than the clock where other programs run. Then the floating-point operations of an iteration at
+    the real shapes per image, 10 steps of which 3 are trained, with a KL penalty. Uniform and
+    spatial do the same in the update.
     """
     torch.set_num_threads(1)
     settings, task = star.parse_arguments(["--device", "cpu", "--no-bfloat16"])
@@ -186,8 +206,11 @@ def overhead(args):
         seconds[settings.allocation].append(time.process_time() - begin)
     rows = {"miniature, CPU seconds": seconds}
     for shapes in SHAPES:
-        flops = {name: [rollout_flops(shapes, name) / 1e12] for name in seconds}
-        rows[f"{shapes}, rollout, TFLOP"] = flops
+        flops = {name: iteration_flops(shapes, name) for name in seconds}
+        for phase in flops["uniform"]:
+            rows[f"{shapes}, {phase}, TFLOP"] = {name: [flops[name][phase]] for name in flops}
+    again = iteration_flops("sd3.5-medium", "spatial", checkpointing=True)["update"]
+    print(f"sd3.5-medium, update with gradient checkpointing: {again:.1f} TFLOP")
     print_rows(rows)
 
 
@@ -209,17 +232,29 @@ def flow_grpo_functions(folder):
 
 
 def against_flow_grpo(args):
-    """Time sampling and update against flow_grpo's own functions, in turn in one process.
+    """Compare gradients and times with flow_grpo's own functions, in one process.
 
-    CPU seconds per image of one thread: 10 steps of which 3 are trained, guidance 4.5, and one
-    backward pass per step. Sampling includes decoding. First for the miniature, then for a narrow
-    transformer like that of SD3.5 Medium: 24 blocks of width 384, the miniature's text and VAE.
+    First the gradient of one rollout of the miniature, uniform against theirs. Then CPU seconds per
+    image of one thread, in turn: 10 steps of which 3 are trained, guidance 4.5, and one backward
+    pass per step. Sampling includes decoding. First for the miniature, then for a transformer like
+    that of SD3.5 Medium, but of width 384, with the miniature's text and VAE.
     """
     theirs = flow_grpo_functions(args.flow_grpo)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     pipe = star.load_pipeline(ROOT / "tiny/sd3")
     pipe.set_progress_bar_config(disable=True)
+    for guidance in (1.0, 1.5, 4.5):
+        side, gradients = Side("uniform", theirs, pipe, 24, guidance), []
+        side.sample()
+        for side.way in ("flow_grpo", "uniform"):
+            pipe.transformer.zero_grad()
+            side.update()
+            parameters = pipe.transformer.parameters()
+            gradients.append(torch.cat([each.grad.double().flatten() for each in parameters]))
+        norms = [gradient.norm().item() for gradient in gradients]
+        cosine = F.cosine_similarity(*gradients, dim=0).item()
+        print(f"guidance {guidance}: cosine {cosine:.6f}, norm / theirs {norms[1] / norms[0]:.6f}")
     narrow = TRANSFORMER | SHAPES["sd3.5-medium"] | dict(pipe.transformer.config)
     narrow |= dict(num_layers=24, dual_attention_layers=tuple(range(13)), num_attention_heads=6)
     narrow |= dict(attention_head_dim=64, caption_projection_dim=384)
@@ -228,62 +263,77 @@ def against_flow_grpo(args):
         pipe.transformer, rows = transformer, {}
         for repeat in range(-1, args.repeats):  # the first warms up
             for way in WAYS[:: 1 if repeat % 2 else -1]:
-                for phase, seconds in time_way(way, theirs, pipe, batch).items():
+                side = Side(way, theirs, pipe, batch, 4.5)
+                for phase in ("sample", "update"):
+                    begin = time.process_time()
+                    getattr(side, phase)()
+                    seconds = (time.process_time() - begin) / batch
                     columns = rows.setdefault(f"{name}, {phase}", {each: [] for each in WAYS})
-                    if repeat >= 0:
-                        columns[way].append(seconds / batch)
+                    columns[way] += [seconds] * (repeat >= 0)
         print_rows(rows)
 
 
 WAYS = ["flow_grpo", "uniform", "spatial"]
 
 
-def time_way(way, theirs, pipe, batch, guidance=4.5):
-    """CPU seconds of {"sampling", "update"} of flow_grpo or of one allocation of star.py."""
-    pipe.scheduler.set_timesteps(10)
-    sigmas, timesteps = pipe.scheduler.sigmas.tolist(), pipe.scheduler.timesteps
-    prompts = ['a blue wall with a white sign "K7Q"'] * batch
-    context, pooled = star.encode(pipe, prompts, 20)
-    empty = star.encode(pipe, [""], 20)
-    core = torch.zeros(context.shape[:2], dtype=torch.bool)
-    core[:, 6:9] = True
-    noise, advantages = torch.randn(batch, 8, 16, 16), torch.linspace(-1, 1, batch)
-    policy = star.Policy(pipe.transformer, sigmas, 0.7, guidance, empty)
-    both = [torch.cat([each.expand_as(one), one]) for each, one in zip(empty, (context, pooled))]
-    begin = time.process_time()
-    if way == "flow_grpo":
-        named = dict(prompt_embeds=context, pooled_prompt_embeds=pooled)
-        named |= {f"negative_{key}": half.chunk(2)[0] for key, half in zip(named, both)}
-        options = dict(num_inference_steps=10, guidance_scale=guidance, latents=noise)
-        _, latents, log_probs = theirs[0](pipe, **named, **options)
-    else:
-        samples = star.rollout(
-            policy, noise, (context, pooled), range(3), None, core if way == "spatial" else None
+class Side:
+    """Sampling and update of flow_grpo or of one allocation of star.py."""
+
+    def __init__(self, way, theirs, pipe, batch, guidance):
+        self.way, self.theirs, self.pipe, self.guidance = way, theirs, pipe, guidance
+        pipe.scheduler.set_timesteps(10)
+        prompts = ['a blue wall with a white sign "K7Q"'] * batch
+        self.prompt, empty = star.encode(pipe, prompts, 20), star.encode(pipe, [""], 20)
+        pairs = list(zip(empty, self.prompt))
+        self.both = [torch.cat([each.expand_as(one), one]) for each, one in pairs]
+        self.core = torch.zeros(self.prompt[0].shape[:2], dtype=torch.bool)
+        self.core[:, 6:9] = True
+        self.noise, self.advantages = torch.randn(batch, 8, 16, 16), torch.linspace(-1, 1, batch)
+        sigmas = pipe.scheduler.sigmas.tolist()
+        self.policy = star.Policy(pipe.transformer, sigmas, 0.7, guidance, empty)
+
+    def sample(self):
+        if self.way == "flow_grpo":
+            names = ("prompt_embeds", "pooled_prompt_embeds")
+            options = dict(zip(names, self.prompt))
+            for name, each in zip(names, self.both):
+                options[f"negative_{name}"] = each.chunk(2)[0]
+            options |= dict(num_inference_steps=10, guidance_scale=self.guidance)
+            _, latents, log_probs = self.theirs[0](self.pipe, **options, latents=self.noise)
+            self.latents, self.log_probs = torch.stack(latents, 1), torch.stack(log_probs, 1)
+            return
+        core = self.core if self.way == "spatial" else None
+        samples = star.rollout(self.policy, self.noise, self.prompt, range(3), None, core)
+        self.latents, self.log_probs, self.maps = samples.latents, samples.log_prob, samples.maps
+        star.decode(self.pipe, samples.latents[:, -1])
+
+    def update(self):
+        for k in range(3):
+            self.flow_grpo_loss(k).backward() if self.way == "flow_grpo" else self.loss(
+                k
+            ).backward()
+
+    def flow_grpo_loss(self, k):
+        sample = dict(latents=self.latents[:, :-1], next_latents=self.latents[:, 1:])
+        sample["timesteps"] = self.pipe.scheduler.timesteps.expand(len(self.latents), -1)
+        settings = SimpleNamespace(
+            train=SimpleNamespace(cfg=self.guidance != 1),
+            sample=SimpleNamespace(guidance_scale=self.guidance, noise_level=0.7),
         )
-        star.decode(pipe, samples.latents[:, -1])
-    sampled = time.process_time()
-    for k in range(3):
-        if way == "flow_grpo":
-            stacked = torch.stack(latents, 1)
-            sample = dict(latents=stacked[:, :-1], next_latents=stacked[:, 1:])
-            sample["timesteps"] = timesteps.expand(batch, -1)
-            settings = SimpleNamespace(
-                train=SimpleNamespace(cfg=True),
-                sample=SimpleNamespace(guidance_scale=guidance, noise_level=0.7),
-            )
-            log_prob = theirs[1](pipe.transformer, pipe, sample, k, *both, settings)[1]
-            ratio = torch.exp(log_prob - log_probs[k])
-            bounded = ratio.clamp(0.98, 1.02)
-            loss = torch.maximum(-advantages * ratio, -advantages * bounded).mean()
-        else:
-            _, mean, std = policy.step(samples.latents[:, k], k, (context, pooled))
-            new = star.position_log_prob(samples.latents[:, k + 1], mean, std)
-            weights = torch.ones_like(new)
-            if way == "spatial":
-                weights = star.allocation_weights(samples.maps, (16, 16))[:, k]
-            loss, _, _ = star.star_loss(new, samples.log_prob[:, k], advantages, weights, 0.02)
-        loss.backward()
-    return {"sampling": sampled - begin, "update": time.process_time() - sampled}
+        prompt = self.both if self.guidance != 1 else self.prompt
+        inputs = self.pipe.transformer, self.pipe, sample, k, *prompt, settings
+        log_prob, old = self.theirs[1](*inputs)[1], self.log_probs[:, k]
+        ratio = torch.exp(log_prob - (old if old.dim() == 1 else log_prob.detach()))
+        free, bounded = (-self.advantages * each for each in (ratio, ratio.clamp(0.98, 1.02)))
+        return torch.maximum(free, bounded).mean()
+
+    def loss(self, k):
+        _, mean, std = self.policy.step(self.latents[:, k], k, self.prompt)
+        new = star.position_log_prob(self.latents[:, k + 1], mean, std)
+        weights = torch.ones_like(new)
+        if self.way == "spatial":
+            weights = star.allocation_weights(self.maps, (16, 16))[:, k]
+        return star.star_loss(new, self.log_probs[:, k], self.advantages, weights, 0.02)[0]
 
 
 # ------------------------------------------------------------------- Stable Diffusion's real shapes
