@@ -538,16 +538,17 @@ class Trainer:
             for each in tokenizers[: 2 + args.t5]:  # one whose files are missing knows 2 tokens
                 good = each is not None and len(each) > 2 and each.model_max_length < 10**6
                 require(good, bad)
-        self.pipe.vae.to(args.device).requires_grad_(False)
+        # explicit dtypes, for without the package accelerate the loader may keep those of the file
+        self.pipe.vae.to(args.device, torch.float32).requires_grad_(False)
         self.pipe.vae.enable_slicing()  # decode one image at a time
         for encoder in text_encoders(self.pipe):
-            encoder.to(home)
-        self.transformer = transformer = self.pipe.transformer.to(args.device)
+            encoder.to(home, frozen)
+        self.transformer = transformer = self.pipe.transformer.to(args.device, torch.float32)
         self.weights = list(transformer.parameters())
         # the starting weights, and a moving average: lists of tensors like `weights`
         self.reference = self.average = None
         if args.kl_weight > 0:  # of the same dtype as in the file, they take no main memory
-            start = load_transformer(args.model, dtype=frozen).to(home)
+            start = load_transformer(args.model, dtype=frozen).to(home, frozen)
             self.reference = [weight.data for weight in start.parameters()]
         if args.ema_decay > 0:
             self.average = [weight.data.to(home, copy=True) for weight in self.weights]
