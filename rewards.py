@@ -19,9 +19,9 @@ import functools
 import importlib.util
 import itertools
 import json
-import random
 import re
 import sys
+import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ import transformers
 from PIL import Image
 
 TINY = Path(__file__).parent / "tiny"
-SAFE = "only weights in safetensors format are read"
+PARTIAL = ".partial-"  # names of folders in which something is being written
 
 
 # ------------------------------------------------------------------------------ Errors and loading
@@ -46,8 +46,9 @@ def require(condition, sentence):
 
 
 @contextmanager
-def naming(subject):
+def naming(subject, weights=False):
     """The one place that turns errors of files and libraries into a sentence about `subject`."""
+    subject = f"{subject} (only weights in safetensors format are read)" if weights else subject
     try:
         yield
     except UserError:
@@ -57,27 +58,61 @@ def naming(subject):
         raise UserError(f"{subject}: {text} ({type(error).__name__})") from error
 
 
-def load_model(kind, name, device):
-    """A frozen model of class `kind`. Raises UserError if `name` holds another kind of model.
+def write(path, save, *content):
+    """save(path, *content) to a temporary place, then move it: a kill leaves the old or the new."""
+    with naming(f"{path} cannot be written"):
+        path.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=path.parent) as side:
+            partial = Path(side, path.name)
+            save(partial, *content)
+            if path.is_dir():
+                path.rename(Path(side, "old"))
+            partial.replace(path)
 
-    A CPU computes in float32, for it is slow in float16, and a GPU in the precision of the file.
-    """
+
+@contextmanager
+def replaced(weights, values):
+    """Other values in place of these weights within the block."""
+    own = [weight.data for weight in weights]
+    for weight, value in zip(weights, values):
+        weight.data = value
+    try:
+        yield
+    finally:
+        for weight, value in zip(weights, own):
+            weight.data = value
+
+
+def on_device(device, *modules):
+    """Frozen modules on the device within the block. Nothing has to be copied back."""
+    weights = [each for module in modules for each in (*module.parameters(), *module.buffers())]
+    return replaced(weights, [weight.data.to(device) for weight in weights])
+
+
+def load_config(kind, name):
+    """The configuration of a model of class `kind`. UserError if `name` holds another model."""
     config = load_part(transformers.AutoConfig, name)
     wanted = getattr(kind, "config_class", type(config)).model_type
     require(config.model_type == wanted, f"reward model {name} is not a {wanted} model")
+    return config
+
+
+def load_model(kind, name, device):
+    """A frozen model of class `kind`, in float32 on a CPU, where float16 is slow."""
+    load_config(kind, name)
     dtype = torch.float32 if device == "cpu" else "auto"
     model = load_part(kind, name, use_safetensors=True, dtype=dtype)
     return model.to(device).eval().requires_grad_(False)
 
 
 def load_part(kind, name, **options):
-    with naming(f"reward model {name} ({SAFE})"):
+    with naming(f"reward model {name}", weights=True):
         return kind.from_pretrained(name, trust_remote_code=False, **options)
 
 
-def networks(task):
-    """The models that a task holds as attributes."""
-    parts = getattr(task, "tasks", [task])
+def networks(*tasks):
+    """The models that tasks hold as attributes."""
+    parts = [part for task in tasks for part in getattr(task, "tasks", [task])]
     values = [value for part in parts for value in vars(part).values()]
     return [value for value in values if isinstance(value, torch.nn.Module)]
 
@@ -133,6 +168,12 @@ def read_prompts(file):
     if str(file).endswith(".jsonl"):
         return [(where, record["prompt"]) for where, record in read_records(file)]
     return read_lines(file)
+
+
+def evenly_spaced(prompts, count):
+    """At most `count` prompts from all parts of a file, which may be sorted by kind."""
+    count = min(count, len(prompts))
+    return [prompts[i * len(prompts) // count] for i in range(count)]
 
 
 class Task:
@@ -258,36 +299,6 @@ class OCR(Task):
         return [text_reward(*pair) for pair in zip(self.transcribe(images), targets)]
 
 
-class Signs(Task):
-    """How often a picture of the miniature's world shows a sign of the colour asked for.
-
-    A monitor: the OCR reward does not mind if a text is written twice.
-    """
-
-    colours = dict(white=(245.0, 245, 245), yellow=(250.0, 220, 60), pink=(245.0, 150, 190))
-
-    def reward(self, images, prompts):
-        """How many of the eight places of a sign show one, [len(images)].
-
-        There nearly all pixels are shades of the sign's colour, and most of them are light.
-        """
-        counts = []
-        for image, prompt in zip(images, prompts):
-            asked = re.search(r"(white|yellow|pink) sign", prompt)
-            if not asked or min(image.size) < 16:  # no place fits
-                counts.append(0)
-                continue
-            colour = torch.tensor(self.colours[asked[1]])
-            pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).float()
-            pixels = pixels.view(image.height, image.width, 3)[:, 3:]
-            shade = (pixels @ colour) / (colour @ colour)  # 0 is black
-            near = (pixels - shade[..., None] * colour).norm(dim=-1) < 45
-            both = torch.stack([near, near & (shade > 0.6)]).float()
-            near, light = F.avg_pool2d(both, kernel_size=(8, 13), stride=(8, 16))
-            counts.append(((near > 0.8) & (light > 0.6)).sum())
-        return counts
-
-
 # ------------------------------------------------------------------------------------------ GenEval
 COLOURS = "red orange yellow green blue purple pink brown black white".split()
 CATEGORIES = "single_object two_object counting colors position color_attr".split()
@@ -388,42 +399,6 @@ def plural(name):
     return f"{head} {PLURALS.get(last, regular)}".strip()
 
 
-def with_article(words):
-    return ("an " if words[0] in "aeiou" else "a ") + words
-
-
-def geneval_prompts(labels, count, seed=0, settings=("a photo of {}",)):
-    """Up to `count` different prompts from the benchmark's six templates, in its own format."""
-    rng, made = random.Random(seed), {}
-    for _ in range(20 * count):
-        a, b = rng.sample(labels, 2)
-        colour, other = rng.sample(COLOURS, 2)
-        number, relation = rng.choice(list(NUMBERS)), rng.choice(RELATIONS)
-        one_a, one_b = {"class": a, "count": 1}, {"class": b, "count": 1}
-        red_a, red_b = one_a | {"color": colour}, one_b | {"color": other}
-        coloured = [with_article(f"{colour} {a}"), with_article(f"{other} {b}")]
-        a_name, b_name, many = with_article(a), with_article(b), f"{NUMBERS[number]} {plural(a)}"
-        placed = one_a | {"position": [relation, 0]}
-        templates = [
-            ("single_object", [one_a], a_name),
-            ("two_object", [one_a, one_b], f"{a_name} and {b_name}"),
-            ("counting", [one_a | {"count": number}], many),
-            ("colors", [red_a], coloured[0]),
-            ("position", [one_b, placed], f"{a_name} {relation} {b_name}"),
-            ("color_attr", [red_a, red_b], " and ".join(coloured)),
-        ]
-        tag, include, words = rng.choice(templates)
-        record = {"tag": tag, "include": include, "prompt": rng.choice(settings).format(words)}
-        if tag == "counting":
-            record["exclude"] = [one_a | {"count": number + 1}]
-        made.setdefault(record["prompt"], record)
-        if len(made) == count:
-            break
-    records = list(made.values())
-    rng.shuffle(records)  # the few single objects came first
-    return records
-
-
 def segmenter_class():
     """Mask2FormerForUniversalSegmentation; only its training loss needs SciPy."""
     # Importing this module takes most of a second, which only GenEval should cost.
@@ -436,9 +411,8 @@ def segmenter_class():
 class GenEval(Task):
     """Show the objects of the prompt in number, colour and place (Ghosh et al. 2023).
 
-    `prompts`: files in the format of the benchmark's evaluation_metadata.jsonl. Without any, a
-    detector other than the miniature's gets prompts made from its labels. `model`: detector and
-    colour classifier, separated by a comma.
+    `prompts`: files in the format of the benchmark's evaluation_metadata.jsonl. `model`: detector
+    and colour classifier, separated by a comma.
     """
 
     own_prompts = "geneval"
@@ -448,16 +422,12 @@ class GenEval(Task):
     def __init__(self, prompts=None, heldout_prompts=None, model=None, full_size=False):
         self.models = self.choose_models(model, full_size)
         require(len(self.models) == 2, f"--reward-model {model}: geneval needs DETECTOR,CLIP")
-        labels = list(load_part(transformers.AutoConfig, self.models[0]).id2label.values())
+        labels = list(load_config(segmenter_class(), self.models[0]).id2label.values())
         self.coco = len(labels) == len(COCO)  # COCO detectors differ in spelling, not in order
         self.labels = COCO if self.coco else labels
-        made = geneval_prompts(self.labels, 2200) if model or full_size else []
-        if not made:
-            prompts = prompts or TINY / "prompts/geneval.jsonl"
-            heldout_prompts = heldout_prompts or TINY / "prompts/geneval_heldout.jsonl"
-        self.files = [prompts, heldout_prompts]
-        train = self.read(prompts) if prompts else made[:-200]
-        heldout = self.read(heldout_prompts) if heldout_prompts else made[-200:]
+        own = TINY / "prompts" / ("real_" * self.coco + self.own_prompts)
+        self.files = [prompts or f"{own}.jsonl", heldout_prompts or f"{own}_heldout.jsonl"]
+        train, heldout = map(self.read, self.files)
         self.metadata = {record["prompt"]: record for record in train + heldout}
         self.prompts = [record["prompt"] for record in train]
         self.heldout_prompts = [record["prompt"] for record in heldout]
@@ -620,7 +590,7 @@ class PickScore(Task):
 
 
 # ------------------------------------------------------------------------------ Choosing and mixing
-TASKS = {"ocr": OCR, "geneval": GenEval, "pickscore": PickScore, "signs": Signs}
+TASKS = {"ocr": OCR, "geneval": GenEval, "pickscore": PickScore}
 
 
 class Mixture(Task):
@@ -654,13 +624,15 @@ def task_class(name):
     """The class behind `ocr`, `geneval`, `pickscore` or FILE.py:CLASS."""
     if name in TASKS:
         return TASKS[name]
+    if name == "signs":
+        name = f"{TINY / 'build.py'}:Signs"
     file, _, wanted = name.rpartition(":")
     choices = "ocr, geneval, pickscore, FILE.py:CLASS or a mix such as ocr:0.7,pickscore:0.3"
     require(file.endswith(".py"), f"task {name} is not known; choose {choices}")
     require(Path(file).is_file(), f"task {name}: there is no file {file}")
     sys.path.append(str(Path(file).resolve().parent))  # its helper modules
-    spec = importlib.util.spec_from_file_location("own_task", file)
-    module = sys.modules["own_task"] = importlib.util.module_from_spec(spec)  # dataclasses look
+    spec = importlib.util.spec_from_file_location(f"task_{Path(file).stem}", file)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look
     spec.loader.exec_module(module)
     task = getattr(module, wanted, None)
     good = isinstance(task, type) and issubclass(task, Task) and hasattr(task, "reward")

@@ -2,28 +2,29 @@
 
     python star.py --task ocr
 
-A flow model turns noise into an image in T denoising steps. We make a few of these steps random,
-and use reinforcement learning to make the random choices that led to good images more likely:
+A flow model turns noise into an image in T denoising steps. Reinforcement learning makes those
+choices more likely that led to good images:
 
-1. Sample a group of images per prompt. A stochastic step samples from a Gaussian around the
-   model's prediction: the Gaussian is the policy, the sample is its action (`Policy`, `rollout`).
-2. Score them. An image's advantage is its reward minus the mean reward of its group, divided by
-   the standard deviation (`group_advantages`).
+1. Sample a group of images per prompt. A few steps are stochastic: they sample from a Gaussian
+   around the model's prediction. The Gaussian is the policy, the sample its action (`rollout`).
+2. Score the images. The advantage of an image is its reward minus the mean reward of its group,
+   divided by the standard deviation (`group_advantages`).
 3. Raise the probability of the actions behind the better images, lower the rest (`star_loss`).
 
-Flow-GRPO (arXiv 2505.05470) does this with one advantage for the whole image. STAR (2606.17979)
-asks the model which image positions attend to the *core words* of the prompt, the words that the
-reward is about, and gives those positions a larger share of the advantage (`AttentionAllocator`,
-`allocation_weights`). Only the abstract of STAR is public: the details are this project's own.
+Part 1 is this: Flow-GRPO (arXiv 2505.05470), which applies one advantage to the whole image. Part 2
+is what STAR (arXiv 2606.17979) adds. The model's own attention tells which image positions look at
+the *core words* of the prompt, the words that the reward is about. These positions get a larger
+share of the advantage. Only the abstract of STAR is public: the details are this project's own.
+Part 3 trains. Part 4 is the program around it: arguments, files and figures. Skim that one.
 
-Read from top to bottom and skim the arguments. Shapes: B images, C channels, H x W latent
-positions, h x w image tokens, T denoising steps of which S are stochastic and trained, L text
-tokens, D features (d per attention head), K prompts with G images each. Symbols: x latents, v the
-model's velocity, k a step, p a position, m a map, w weights, r a reward, A an advantage, and sigma
-the noise level, which falls from 1 (noise) to 0 (image).
+Shapes: B images, C channels, H x W latent positions, h x w image tokens, L text tokens, T denoising
+steps of which S are stochastic and trained, N prompts with G images each. Symbols: x latents, v the
+model's velocity, k a step, p a position, m an attention map, w weights, r a reward, A an advantage,
+and sigma the noise level, which falls from 1 (noise) to 0 (image).
 """
 
 import argparse
+import inspect
 import json
 import math
 import re
@@ -32,10 +33,9 @@ import signal
 import sys
 import tempfile
 import textwrap
-import time
 from collections import defaultdict
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -45,159 +45,261 @@ import torch.nn.functional as F
 import transformers
 from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw, ImageFont
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from rewards import SAFE, UserError, make_task, naming, networks, parts_of, require, scores
+from rewards import (
+    PARTIAL,
+    UserError,
+    evenly_spaced,
+    make_task,
+    naming,
+    networks,
+    on_device,
+    replaced,
+    require,
+    scores,
+    write,
+)
 
 
-# ---------------------------------------------------------------------------------------- Arguments
-def arg(default, help, low=1, high=10**6):  # the bounds of numbers; most are counts
-    return field(default=default, metadata=dict(help=help, low=low, high=high))
+# ------------------------------------------------------------------------------- Part 1: Flow-GRPO
+def sde_step(latents, velocity, sigma, sigma_next, sigma_max, noise_level):
+    """The Gaussian over the next latents: a step of the flow as a stochastic differential equation.
+
+        s    = a * sqrt(sigma / (1 - sigma))          (at sigma = 1 divided by 1 - sigma_max)
+        mean = x * (1 + s^2 / (2 sigma) * dt) + v * (1 + s^2 (1 - sigma) / (2 sigma)) * dt
+             = x + v * dt + s^2 / 2 * score * -dt
+        std  = s * sqrt(-dt),    dt = sigma_next - sigma < 0
+
+    Why noise? A deterministic sampler has no action probabilities, so there is no likelihood to
+    differentiate. Why is the mean not x + v * dt? Noise alone would spread x further than the model
+    has seen in training. A drift along the score, the gradient of log p(x), contracts x by as much.
+    (x = (1 - sigma) * image + sigma * e with Gaussian e, and v estimates e - image. So
+    x + (1 - sigma) * v estimates e, and the score is minus that over sigma.) For small steps images
+    are then distributed as before; not exactly with guidance, whose v is no flow's velocity.
+
+    latents, velocity [B, C, H, W]; noise_level is a. sigma_max, the schedule's second sigma, keeps
+    s finite at sigma = 1. Returns mean [B, C, H, W] and std, a float. (Flow-GRPO, section "From ODE
+    to SDE")
+    """
+    latents, velocity = latents.float(), velocity.float()
+    dt = sigma_next - sigma
+    below_one = sigma if sigma < 1 else sigma_max
+    s = noise_level * math.sqrt(sigma / (1 - below_one))
+    x_scale = 1 + s**2 / (2 * sigma) * dt
+    v_scale = 1 + s**2 * (1 - sigma) / (2 * sigma)
+    return latents * x_scale + velocity * v_scale * dt, s * math.sqrt(-dt)
+
+
+def position_log_prob(sample, mean, std):
+    """Log-probability of a stochastic step at each latent position: [B, C, H, W] -> [B, H, W].
+
+        logp[b, p] = mean over channels of  log N(x'[b, :, p]; mean[b, :, p], std^2)
+
+    The mean at p depends on x at all positions. But x is the state in which the action is taken: it
+    is given, and with it the mean. What remains random is the noise, independent at each position.
+    So the density of a step factorizes over positions, exactly: each is an action of its own.
+
+    We average log-densities over channels, as Flow-GRPO does. So our ratio is the true one to the
+    power 1/C: a clip range of eps allows the true ratio about C * eps, and the gradient at ratio 1
+    is 1/C of the true one. `kl_to_reference` has the same 1/C, so the KL weight keeps its meaning.
+    The mean over positions is Flow-GRPO's log-probability. std is a float > 0 or [B, 1, 1, 1].
+    """
+    log_std = torch.as_tensor(std).log()
+    squared = (sample.float() - mean.float()) ** 2
+    return (-squared / (2 * std**2) - log_std - 0.5 * math.log(2 * math.pi)).mean(1)
+
+
+def kl_to_reference(mean, reference_mean, std):
+    """KL divergence from the reference policy, mean over channels: [B, C, H, W] -> [B, H, W].
+
+        KL[b, p] = (mean - reference_mean)^2 / (2 std^2)          for Gaussians of equal std
+
+    It is not weighted: all positions share the parameters, so those with a small w may drift, too.
+    """
+    return ((mean - reference_mean) ** 2 / (2 * std**2)).mean(1)
 
 
 @dataclass
-class Arguments:
-    """TINY and FULL_SIZE in star.py change some of these defaults for a task or a model.
+class Policy:
+    """The transformer as a policy: from x at step k and a prompt to a Gaussian over the next x."""
 
-    The file config.json in the output folder has the values of a run.
+    transformer: torch.nn.Module
+    sigmas: list  # T + 1 noise levels from 1 to 0
+    noise_level: float
+    guidance_scale: float
+    empty_prompt: tuple  # prompts are (context [B, L, features], pooled [B, features])
+
+    def velocity(self, latents, k, prompt, recording=None):
+        """The model's v [B, C, H, W], with classifier-free guidance.
+
+        As in Flow-GRPO no gradient flows through the unconditional half. `recording` is a context
+        for the half with the prompt: an AttentionAllocator.
+        """
+        timestep = latents.new_full((len(latents),), 1000 * self.sigmas[k])  # SD3 counts to 1000
+
+        def predict(context, pooled):
+            output = self.transformer(latents, context, pooled, timestep, return_dict=False)
+            return output[0].float()
+
+        with recording or nullcontext():
+            conditional = predict(*prompt)
+        if self.guidance_scale == 1:
+            return conditional
+        with torch.no_grad():
+            empty = (each.expand_as(like) for each, like in zip(self.empty_prompt, prompt))
+            unconditional = predict(*empty)
+        return unconditional + self.guidance_scale * (conditional - unconditional)
+
+    def distribution(self, latents, k, prompt, recording=None):
+        """The Gaussian over x at step k + 1: (mean, std)."""
+        velocity = self.velocity(latents, k, prompt, recording)
+        sigma, sigma_next, sigma_max = self.sigmas[k], self.sigmas[k + 1], self.sigmas[1]
+        return sde_step(latents, velocity, sigma, sigma_next, sigma_max, self.noise_level)
+
+
+@dataclass
+class Rollout:
+    """A batch of sampled images, and all that the update needs of them."""
+
+    prompt: tuple
+    steps: range  # the S stochastic ones
+    latents: torch.Tensor  # [B, T + 1, C, H, W], from pure noise to the finished image
+    log_prob: torch.Tensor  # [B, S, H, W] under the policy that sampled; None if S is 0
+    maps: torch.Tensor  # [B, recorded steps, h, w] of attention; None if there are none
+    reference_means: list = None  # S times [B, C, H, W]
+
+
+@torch.no_grad()
+def rollout(policy, latents, prompt, steps, generator, recorded, core_tokens):
+    """Sample images from noise [B, C, H, W]. Only `steps` are stochastic, the others are Euler's.
+
+    At the `recorded` steps the attention to core_tokens [B, L] is recorded (part 2).
     """
-
-    # the run
-    task: str = arg("ocr", "ocr, geneval, pickscore, FILE.py:CLASS or a mix: ocr:0.7,pickscore:0.3")
-    model: str = arg("tiny/sd3", "folder or hub name of a Stable Diffusion 3 pipeline")
-    reward_model: str = arg(None, "models for the reward: commas within a task, semicolons between")
-    prompts: str = arg(None, "file with one training prompt per line; each task has its own")
-    heldout_prompts: str = arg(None, "the same for evaluation")
-    out: str = arg(None, "output folder; runs/TASK-ALLOCATION-SEED if not given")
-    resume: bool = arg(False, "continue the run in the output folder")
-    seed: int = arg(0, "seed of prompts and noise", 0, 2**32)
-    iterations: int = arg(28, "iterations of sampling and updating")
-    evaluate_every: int = arg(14, "iterations between evaluations")
-    evaluation_prompts: int = arg(96, "held-out prompts per evaluation, one image each")
-    monitor: str = arg("", "tasks whose rewards are logged but not trained: pickscore,signs")
-    save_every: int = arg(10, "iterations between checkpoints")
-    # allocation
-    allocation: Literal["uniform", "spatial", "spatiotemporal"] = arg("spatial", "how to allocate")
-    lam: float = arg(1.0, "strength of the allocation, from 0 (uniform) to 1", 0, 1)
-    # sampling
-    prompts_per_iteration: int = arg(3, "K, prompts per iteration")
-    group_size: int = arg(8, "G, images per prompt", 2)
-    batch_size: int = arg(24, "images per forward pass; must divide K * G")
-    height: int = arg(None, "height and width in pixels; as the model was trained if not given")
-    steps: int = arg(10, "T, denoising steps in training")
-    evaluation_steps: int = arg(10, "denoising steps in evaluation")
-    stochastic_steps: int = arg(3, "S, consecutive steps that are stochastic and trained")
-    stochastic_range: str = arg("0-3", "first and last step that may be stochastic")
-    noise_level: float = arg(0.7, "a, noise of a stochastic step", 1e-3, 10)
-    guidance_scale: float = arg(1.0, "classifier-free guidance, in training too; 1 is none", 0)
-    same_noise: bool = arg(True, "start all images of a group from the same noise")
-    t5: bool = arg(True, "use the third and largest text encoder")
-    max_sequence_length: int = arg(20, "T5 tokens per prompt")
-    # update
-    updates_per_iteration: int = arg(1, "optimizer steps; from the second on, ratios leave 1")
-    optimizer: Literal["adamw", "adafactor"] = arg("adamw", "adafactor needs almost no memory")
-    learning_rate: float = arg(2e-4, "learning rate", 1e-12)
-    weight_decay: float = arg(1e-4, "weight decay", 0)
-    max_gradient_norm: float = arg(1.0, "clip gradients to this norm", 1e-9, 1e9)
-    clip_range: float = arg(2e-2, "eps, how far a ratio may leave 1", 1e-9)
-    advantage_clip: float = arg(5.0, "clip advantages to plus and minus this", 1e-9)
-    global_std: bool = arg(False, "divide advantages by the std of all rewards, not of the group")
-    kl_weight: float = arg(0.0, "beta, KL penalty towards the starting weights; 0 is none", 0)
-    ema_decay: float = arg(0.0, "decay of the weights' moving average; 0 is none", 0, 0.999999)
-    # machine
-    device: Literal["cpu", "cuda"] = arg("cuda" if torch.cuda.is_available() else "cpu", "device")
-    bfloat16: bool = arg(torch.cuda.is_available(), "bfloat16; the trained weights stay float32")
-    gradient_checkpointing: bool = arg(False, "recompute activations: less memory, more time")
-    compile: bool = arg(False, "compile the transformer's blocks: faster, but slow to start")
-    offload: bool = arg(False, "move frozen models and averages to the GPU only for their use")
-    low_memory: bool = arg(False, "other defaults for a small GPU (LOW_MEMORY)")
+    states, log_probs, maps = [latents], [], []
+    h, w = (side // policy.transformer.config.patch_size for side in latents.shape[-2:])
+    for k in range(len(policy.sigmas) - 1):
+        recording = None
+        if k in recorded:
+            recording = AttentionAllocator(policy.transformer, core_tokens)
+        if k in steps:
+            mean, std = policy.distribution(latents, k, prompt, recording)
+            noise = torch.randn(latents.shape, generator=generator)  # the same on every device
+            latents = mean + std * noise.to(mean.device)
+            log_probs.append(position_log_prob(latents, mean, std))
+        else:
+            dt = policy.sigmas[k + 1] - policy.sigmas[k]
+            latents = latents + policy.velocity(latents, k, prompt, recording) * dt
+        if k in recorded:
+            maps.append(recording.map().unflatten(-1, (h, w)))
+        states.append(latents)
+    stacked = (torch.stack(each, dim=1) if each else None for each in (states, log_probs, maps))
+    return Rollout(prompt, steps, *stacked)
 
 
-# What suits the tasks on the small model; tiny/RESULTS.md has the runs that this rests on.
-# fmt: off
-TINY = dict(
-    ocr=dict(
-        monitor="pickscore,signs", learning_rate=4e-4,
-        ema_decay=0.8,  # at this rate, the average ends at 0.97 or more on all seeds tried
-    ),
-    geneval=dict(
-        prompts_per_iteration=6, batch_size=48, iterations=30, evaluate_every=15,
-        evaluation_prompts=120, monitor="pickscore", learning_rate=3e-4,
-        same_noise=False,  # with it the strict score stops rising earlier
-    ),
-    pickscore=dict(
-        prompts_per_iteration=6, batch_size=48, iterations=16, evaluate_every=8,
-        learning_rate=4e-4,
-    ),
-)
-# Defaults for SD3 Medium, SD3.5 Medium and SD3.5 Large on one GPU. [F] marks Flow-GRPO's published
-# settings, the others are ours and untuned. rewards.py names the models that score real images.
-FULL_SIZE = dict(
-    height=512, evaluation_steps=40, guidance_scale=4.5,     # [F]
-    group_size=24, same_noise=False, global_std=True,        # [F]
-    stochastic_range="0-4",     # [F] fast variant: a window of 3 steps in the first half
-    clip_range=6e-3,            # [F] 1e-4 for one ratio per image and step; clips from update 2 on
-    learning_rate=1e-5,         # [F] 3e-4 for LoRA; training all parameters needs far less
-    ema_decay=0.99,             # [F] 0.9 after every eighth update, about the same
-    kl_weight=0.04 * 0.058,     # [F] divides by s^2, we by std^2 = s^2 * -dt: mean -dt is 0.058
-    max_sequence_length=128,    # [F]
-    prompts_per_iteration=8, batch_size=8, gradient_checkpointing=True,
-    iterations=500, evaluate_every=20, save_every=20,
-)
-FULL_SIZE_PICKSCORE = dict(kl_weight=0.01 * 0.058)           # [F]
-LOW_MEMORY = dict(
-    batch_size=1, gradient_checkpointing=True, optimizer="adafactor", offload=True,
-)
-# fmt: on
+def group_advantages(rewards, global_std=False, limit=None):
+    """Rewards [N, G] -> advantages [N, G]: how much better is an image than the rest of its group?
+
+        A[n, g] = (r[n, g] - mean over g of r[n]) / (std over g of r[n] + 1e-4)
+
+    Comparing images of the same prompt cancels its difficulty, so no value network is needed
+    (Flow-GRPO, "GRPO on Flow Matching"). A group of equal rewards teaches nothing. Its advantages
+    are exactly 0; otherwise the rounding error of the mean, divided by 1e-4, would remain.
+    global_std divides by the std of all rewards instead. limit cuts off large advantages.
+    """
+    equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
+    std = rewards.std(dim=None if global_std else 1, keepdim=True, unbiased=False)
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    advantages = torch.where(equal, 0.0, centred / (std + 1e-4))
+    return advantages if limit is None else advantages.clamp(-limit, limit)
 
 
-# ------------------------------------------------------------------------ Core words -> text tokens
+def star_loss(log_prob, old_log_prob, advantages, weights, clip_range):
+    """The clipped objective of PPO and Flow-GRPO, with a ratio and a weight per position.
+
+        ratio[b, k, p] = exp(logp_new - logp_old)
+        L = - mean over b, k, p of  w[b, k, p] * min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A)
+
+    The images were sampled by the old policy and are only informative near it. Once a ratio has
+    moved by eps in the direction that A wants, the clipped term is the smaller one, and its
+    gradient is zero. Where it moved the wrong way, the other term is smaller and pulls it back. By
+    default a rollout serves one update, so every ratio is 1, clipping never acts, and this is
+    REINFORCE with a group baseline. With w = 1 its gradient is Flow-GRPO's.
+
+    Flow-GRPO has one ratio per image and step. But with weights (part 2) some positions move
+    further than others, so each has its own ratio, which stops it when it has moved enough. The
+    mean of our log-ratios over H * W positions is Flow-GRPO's, which spreads about sqrt(H * W)
+    times less. So our clip range is wider by that: 1e-4 * sqrt(64 * 64) is about 6e-3.
+
+    log_prob, old_log_prob, weights [B, S, H, W] or any shape that begins with B; advantages [B].
+    Returns the loss, the ratios, and where the minimum is the clipped term. Raises ValueError for
+    shapes that would broadcast to a wrong loss.
+    """
+    if not log_prob.shape == old_log_prob.shape == weights.shape:
+        raise ValueError("log_prob, old_log_prob and weights must have equal shapes")
+    if advantages.shape != log_prob.shape[:1]:
+        raise ValueError(f"advantages must be [{len(log_prob)}], not {list(advantages.shape)}")
+    ratio = torch.exp(log_prob - old_log_prob)
+    advantages = advantages.view(-1, *[1] * (ratio.dim() - 1))
+    free = ratio * advantages
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
+    loss = -(weights.detach() * torch.minimum(free, clipped)).mean()
+    return loss, ratio.detach(), clipped.detach() < free.detach()
+
+
+# --------------------------------------------------------------------------- Part 2: what STAR adds
 def core_tokens_of(pipeline, prompts, spans, max_sequence_length):
     """Which text tokens belong to the core words of each prompt: bool [B, L].
 
     spans: per prompt, a list of (start, end) characters. SD3's context is the CLIP tokens (its two
-    CLIP encoders share positions) followed by the T5 tokens. A token is core if its characters
-    overlap a span; special and padding tokens have none. Without T5 that part of the context is
-    zeros, and never core.
+    CLIP encoders share positions) followed by max_sequence_length T5 tokens. A token is core if its
+    characters overlap a span. Special and padding tokens have no characters, nor have the zeros
+    that stand for T5 where it is not loaded.
     """
-    clip, t5 = pipeline.tokenizer, pipeline.tokenizer_3
-    options = dict(padding="max_length", truncation=True, return_offsets_mapping=True)
-    offsets = [clip(prompts, max_length=clip.model_max_length, **options)["offset_mapping"]]
-    if t5 is not None:
-        offsets.append(t5(prompts, max_length=max_sequence_length, **options)["offset_mapping"])
-    starts, ends = torch.cat([torch.tensor(each) for each in offsets], dim=1).unbind(-1)  # [B, L]
+
+    def offsets(tokenizer, length):
+        if tokenizer is None:
+            return torch.zeros(len(prompts), length, 2)
+        options = dict(padding="max_length", truncation=True, return_offsets_mapping=True)
+        encoded = tokenizer(prompts, max_length=length, **options)
+        return torch.tensor(encoded["offset_mapping"])
+
+    clip = offsets(pipeline.tokenizer, pipeline.tokenizer.model_max_length)
+    t5 = offsets(pipeline.tokenizer_3, max_sequence_length)
+    starts, ends = torch.cat([clip, t5], dim=1).unbind(-1)  # [B, L]
     core = torch.zeros_like(starts, dtype=torch.bool)
     for row, prompt_spans in enumerate(spans):
         for start, end in prompt_spans:
             core[row] |= (starts[row] < end) & (start < ends[row])
-    return core if t5 is not None else F.pad(core, (0, max_sequence_length))
+    return core
 
 
-# --------------------------------------------------------------------- Attention -> maps -> weights
 class AttentionAllocator:
-    """Records how much each image position attends to the core words, by a hook on attention.
+    """Records an attention map: how much each image position attends to the core words.
 
     In SD3's joint blocks an image query has one softmax over [image; text] keys. The map is the
-    part of it that falls on core tokens:
+    attention that core tokens receive:
 
-        share[p, j] = softmax over all tokens j of  query[p] . key[j] / sqrt(d)
-        m[b, p]     = mean over heads and blocks of  the sum of share[p, j] over core tokens j
+        attention[p, j] = softmax over all tokens j of  query[p] . key[j] / sqrt(head size)
+        m[b, p]         = mean over heads and blocks of attention[p, j], summed over core tokens j
 
-    Attention computes the sum of share[p, j] * value[j]. With an indicator of the core tokens in
-    place of the values that sum is the map, so the fused kernel computes it and no [tokens, tokens]
-    matrix is ever stored. The block is untouched: its output stays the same to the last bit.
+    The block itself computes the sum of attention[p, j] * value[j]. With 1 for core tokens and 0
+    for others in place of the values that sum is the map. So the fused kernel computes it, and no
+    [tokens, tokens] matrix is ever stored. A hook does this beside the block, whose output stays
+    the same to the last bit. Half of the blocks of SD3.5 Medium have a second attention, from image
+    to image only: it has no text keys, and is not recorded.
 
         with torch.no_grad(), AttentionAllocator(transformer, core_tokens) as allocator:
             transformer(...)
         allocator.map()  # [B, image tokens]
 
     transformer is diffusers' SD3Transformer2DModel, core_tokens is bool [B, L], see
-    `core_tokens_of`. With guidance the batch is [unconditional; conditional], and only the
-    conditional half is recorded. `blocks` defaults to the last quarter, which locates words well.
-    `map` averages all that was recorded: use one allocator per step. Compiled blocks see the hook
-    only if torch._dynamo.config.skip_nnmodule_hook_guards is False when they are first called.
+    `core_tokens_of`. In a batch [unconditional; conditional] of twice the size, which diffusers'
+    pipelines make for guidance, the second half is recorded. `blocks` defaults to the last quarter,
+    which locates words well. `map` averages all that was recorded: use one allocator per step.
+    Raises ValueError if the transformer is given other numbers of images or text tokens. Compiled
+    blocks need torch._dynamo.config.skip_nnmodule_hook_guards = False before their first call.
     """
 
     def __init__(self, transformer, core_tokens, blocks=None):
@@ -217,7 +319,7 @@ class AttentionAllocator:
         while self.hooks:
             self.hooks.pop().remove()
 
-    @torch.no_grad()  # the map is data, like the reward
+    @torch.no_grad()  # else the model could lower the loss by moving its attention
     def record(self, attention, args, kwargs):
         image, text = kwargs["hidden_states"], kwargs["encoder_hidden_states"]
         batch, length = self.core_tokens.shape
@@ -228,7 +330,7 @@ class AttentionAllocator:
             )
         image, text = image[-batch:], text[-batch:]
 
-        def heads(x, norm):  # [B, tokens, D] -> [B, heads, tokens, d]
+        def heads(x, norm):  # [B, tokens, features] -> [B, heads, tokens, head size]
             x = x.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
             return x if norm is None else norm(x)
 
@@ -238,8 +340,8 @@ class AttentionAllocator:
         key = torch.cat([image_key, text_key], dim=2)
         core = F.pad(self.core_tokens, (image.shape[1], 0)).to(key)  # image keys are not core
         value = core[:, None, :, None].expand_as(key).contiguous()  # fused kernels want key's shape
-        mass = F.scaled_dot_product_attention(query, key, value)[..., 0]  # all d values are equal
-        self.recorded.append(mass.float().mean(1))
+        maps = F.scaled_dot_product_attention(query, key, value)[..., 0]  # all channels are equal
+        self.recorded.append(maps.float().mean(1))
 
     def map(self):
         return torch.stack(self.recorded).mean(0)
@@ -251,223 +353,29 @@ def allocation_weights(maps, size, allocation="spatial", lam=1.0):
         spatial:         w[b, k, p] = (1 - lam) + lam * m[b, k, p] / mean over p of m[b, k]
         spatiotemporal:  w[b, k, p] = (1 - lam) + lam * m[b, k, p] / mean over k and p of m[b]
 
-    Mean 1 redistributes the advantage without increasing it. Unequal weights bias the gradient: it
-    no longer follows the expected reward exactly. We trade that for a larger share of signal in it:
-    where core words decide the reward, the other positions only add noise. Where the reward is
-    about more than the core words, use uniform. Where nothing attends to core words (a prompt may
-    have none), w = 1. For video: maps [B, S, f, h, w] and size (frames, H, W).
+    "Temporal" means that the trained steps, which are neighbours, share a mean: a step that attends
+    more to the core words gets more. Mean 1 redistributes the advantage without increasing it.
+
+    Unequal weights bias the gradient: the unbiased one uses the same A everywhere. The bet is that
+    positions which barely affect the reward add more noise than signal. Which lam? Start with 1
+    where the core words alone decide the reward, such as written text. Lower it where the rest of
+    the image counts, too. 0 is Flow-GRPO, for a reward about the whole image. Does allocation fit
+    your reward? `weight_peak` in the metrics is the mean of each map's largest weight: near 1 the
+    maps say nothing. Where it is larger, `python study/allocations.py maps` shows where they look.
+
+    Where nothing attends to core words (a prompt may have none), w = 1. No gradient flows through
+    the weights. For video: maps [B, S, f, h, w] and size (frames, H, W).
     """
-    maps = F.interpolate(maps.float(), size=size, mode="nearest")  # the patch of a token shares m
+    # all latents of a 2 x 2 patch get their token's value
+    maps = F.interpolate(maps.float(), size=size, mode="nearest")
     first = {"spatial": 2, "spatiotemporal": 1}[allocation]
     mean = maps.mean(dim=tuple(range(first, maps.dim())), keepdim=True)
     return (1 - lam) + lam * torch.where(mean == 0, 1.0, maps / mean)
 
 
-# ------------------------------------------------------------------------------- Stochastic sampler
-def sde_step(latents, velocity, sigma, sigma_next, sigma_max, noise_level, noise):
-    """One step of the flow as a stochastic differential equation (Flow-GRPO, "From ODE to SDE").
-
-        s    = a * sqrt(sigma / (1 - sigma))          (at sigma = 1 divided by 1 - sigma_max)
-        mean = x * (1 + s^2 / (2 sigma) * dt) + v * (1 + s^2 (1 - sigma) / (2 sigma)) * dt
-             = x + v * dt + s^2 / 2 * score * -dt
-        std  = s * sqrt(-dt)
-        x'   = mean + std * noise,    dt = sigma_next - sigma < 0
-
-    Why noise? A deterministic sampler has no probabilities for a policy gradient to raise. Why is
-    the mean not x + v * dt? Noise alone would spread x further than the model has seen in training.
-    A drift along the score, the gradient of log p(x), contracts x by as much. A flow has
-    x = (1 - sigma) * image + sigma * e with Gaussian e, and v estimates e - image. So
-    x + (1 - sigma) v estimates e, and the score is minus that over sigma. For small steps images
-    are then distributed as before (not exactly with guidance, whose v is no flow's velocity).
-    sigma_max, the schedule's second sigma, keeps s finite at sigma = 1. a = 0 is the Euler step.
-    Returns x', mean [B, C, H, W] and std, a float.
-    """
-    latents, velocity = latents.float(), velocity.float()
-    dt = sigma_next - sigma
-    below_one = sigma if sigma < 1 else sigma_max
-    s = noise_level * math.sqrt(sigma / (1 - below_one))
-    x_scale = 1 + s**2 / (2 * sigma) * dt
-    v_scale = 1 + s**2 * (1 - sigma) / (2 * sigma)
-    mean = latents * x_scale + velocity * v_scale * dt
-    std = s * math.sqrt(-dt)
-    return mean + std * noise, mean, std
-
-
-def position_log_prob(sample, mean, std):
-    """Log-probability of a stochastic step at each latent position: [B, C, H, W] -> [B, H, W].
-
-        logp[b, p] = mean over channels of  log N(x'[b, :, p]; mean[b, :, p], std^2)
-
-    The noise is independent across positions, so the density of the step factorizes exactly: every
-    position is an action of its own. Averaging over positions gives Flow-GRPO's log-probability.
-    The mean over channels (not the sum) is its convention too. So the ratio is the true ratio to
-    the power 1/C, and at ratio 1 the gradient is 1/C of the true one. std is a float > 0, or a
-    tensor [B, 1, 1, 1].
-    """
-    log_std = torch.as_tensor(std).log()
-    squared = (sample.float() - mean.float()) ** 2
-    return (-squared / (2 * std**2) - log_std - 0.5 * math.log(2 * math.pi)).mean(1)
-
-
-@dataclass
-class Policy:
-    """The transformer as a policy: from x at step k and a prompt to a Gaussian over the next x."""
-
-    transformer: torch.nn.Module
-    sigmas: list  # T + 1 noise levels from 1 to 0
-    noise_level: float
-    guidance_scale: float
-    empty_prompt: tuple  # for guidance. Prompts are (context [B, L, D], pooled [B, P])
-
-    def velocity(self, latents, k, prompt, recording=None):
-        """The model's v [B, C, H, W], with classifier-free guidance.
-
-        As in Flow-GRPO, no gradient flows through the unconditional half. `recording` is a context
-        for the conditional half, an AttentionAllocator.
-        """
-        timestep = latents.new_full((len(latents),), 1000 * self.sigmas[k])  # SD3 counts to 1000
-
-        def predict(context, pooled):
-            output = self.transformer(latents, context, pooled, timestep, return_dict=False)
-            return output[0].float()
-
-        with recording or nullcontext():
-            conditional = predict(*prompt)
-        if self.guidance_scale == 1:
-            return conditional
-        with torch.no_grad():
-            empty = (each.expand_as(like) for each, like in zip(self.empty_prompt, prompt))
-            unconditional = predict(*empty)
-        return unconditional + self.guidance_scale * (conditional - unconditional)
-
-    def step(self, latents, k, prompt, noise=0.0, stochastic=True, recording=None):
-        """From step k to k + 1: (next x, mean, std)."""
-        level = self.noise_level if stochastic else 0.0
-        sigma, sigma_next, sigma_max = self.sigmas[k], self.sigmas[k + 1], self.sigmas[1]
-        velocity = self.velocity(latents, k, prompt, recording)
-        return sde_step(latents, velocity, sigma, sigma_next, sigma_max, level, noise)
-
-
-@dataclass
-class Rollout:
-    latents: torch.Tensor  # [B, T + 1, C, H, W], from pure noise to the finished image
-    log_prob: torch.Tensor  # [B, S, H, W] of the stochastic steps, None if there are none
-    maps: torch.Tensor  # [B, S, h, w] of the recorded steps, None if there are none
-
-
-@torch.no_grad()
-def rollout(
-    policy, latents, prompt, stochastic=(), generator=None, core_tokens=None, recorded=None
-):
-    """Sample images from noise [B, C, H, W]; only the `stochastic` steps add noise.
-
-    With core_tokens, maps are recorded at the `recorded` steps, by default the stochastic ones.
-    """
-    states, log_probs, maps = [latents], [], []
-    if recorded is None:
-        recorded = () if core_tokens is None else stochastic
-    h, w = (side // policy.transformer.config.patch_size for side in latents.shape[-2:])
-    for k in range(len(policy.sigmas) - 1):
-        noise, allocator = 0.0, None
-        if k in stochastic:  # drawn on the CPU: the same numbers on every device
-            noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-        if k in recorded:
-            allocator = AttentionAllocator(policy.transformer, core_tokens)
-        latents, mean, std = policy.step(latents, k, prompt, noise, k in stochastic, allocator)
-        states.append(latents)
-        if k in stochastic:
-            log_probs.append(position_log_prob(latents, mean, std))
-        if k in recorded:
-            maps.append(allocator.map().unflatten(-1, (h, w)))
-    return Rollout(*(torch.stack(x, dim=1) if x else None for x in (states, log_probs, maps)))
-
-
-# ---------------------------------------------------------------------------------------- Objective
-def group_advantages(rewards, global_std=False, clip=None):
-    """Rewards [K, G] -> advantages [K, G]: how much better is an image than the rest of its group?
-
-        A[i, g] = (r[i, g] - mean over g of r[i]) / (std over g of r[i] + 1e-4)
-
-    Comparing images of the same prompt cancels its difficulty, so no value network is needed
-    (Flow-GRPO, "GRPO on Flow Matching"). A group of equal rewards teaches nothing. Its advantages
-    are exactly 0; otherwise the rounding error of the mean, divided by 1e-4, would remain.
-    global_std divides by the std of all rewards instead.
-    """
-    equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
-    std = rewards.std(dim=None if global_std else 1, keepdim=True, unbiased=False)
-    centred = rewards - rewards.mean(dim=1, keepdim=True)
-    advantages = torch.where(equal, 0.0, centred / (std + 1e-4))
-    return advantages if clip is None else advantages.clamp(-clip, clip)
-
-
-def star_loss(log_prob, old_log_prob, advantages, weights, clip_range):
-    """The clipped objective of PPO and Flow-GRPO, with a weight and a ratio per position.
-
-        ratio[b, k, p] = exp(logp_new - logp_old)
-        L = - mean over b, k, p of  w[b, k, p] * min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A)
-
-    The images were sampled by the old policy and are only informative near it. Once a ratio has
-    moved by eps in the direction that A wants, the clipped term is the smaller one, and its
-    gradient is zero. Where it moved the wrong way, the other term is smaller and pulls it back.
-
-    How does this differ from Flow-GRPO? With w = 1 the first gradient after a rollout, where every
-    ratio is 1, is the same. Later ones differ: Flow-GRPO clips one ratio per image and step, exp of
-    the mean over p. Log-ratios averaged over H * W positions vary about sqrt(H * W) times less than
-    single ones, so eps must be larger here. With one update per iteration, the default, every ratio
-    is 1 and nothing is clipped.
-
-    log_prob, old_log_prob, weights [B, S, H, W] or any shape that begins with B; advantages [B].
-    Returns the loss, the ratios, and where the minimum is the clipped term. Raises ValueError for
-    shapes that would broadcast to a wrong loss.
-    """
-    shapes = [tuple(each.shape) for each in (log_prob, old_log_prob, weights, advantages)]
-    if shapes != [shapes[0]] * 3 + [shapes[0][:1]]:
-        raise ValueError(f"need three equal shapes [B, ...] and advantages [B], not {shapes}")
-    ratio = torch.exp(log_prob - old_log_prob)
-    advantages = advantages.view(-1, *[1] * (ratio.dim() - 1))
-    free = ratio * advantages
-    bounded = ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
-    loss = -(weights.detach() * torch.minimum(free, bounded)).mean()
-    return loss, ratio.detach(), bounded.detach() < free.detach()
-
-
-def kl_to_reference(mean, reference_mean, std):
-    """KL divergence from the reference policy, mean over channels: [B, C, H, W] -> [B, H, W].
-
-        KL[b, p] = (mean - reference_mean)^2 / (2 std^2)          for Gaussians of equal std
-
-    Not weighted: all positions share the parameters, so those with a small w may drift, too.
-    """
-    return ((mean - reference_mean) ** 2 / (2 * std**2)).mean(1)
-
-
-# ----------------------------------------------------------------------------------------- Training
-@contextmanager
-def replaced(weights, values):
-    """Other values in place of these weights within the block."""
-    own = [weight.data for weight in weights]
-    for weight, value in zip(weights, values):
-        weight.data = value
-    try:
-        yield
-    finally:
-        for weight, value in zip(weights, own):
-            weight.data = value
-
-
-def on_device(device, *modules):
-    """Frozen modules on the device within the block. Nothing has to be copied back."""
-    weights = [each for module in modules for each in (*module.parameters(), *module.buffers())]
-    return replaced(weights, [weight.data.to(device) for weight in weights])
-
-
+# ------------------------------------------------------------------------------- Part 3: training
 def load_pipeline(name, **parts):
     return diffusers.StableDiffusion3Pipeline.from_pretrained(name, use_safetensors=True, **parts)
-
-
-def load_transformer(name, **options):
-    options |= dict(subfolder="transformer", use_safetensors=True)
-    return diffusers.SD3Transformer2DModel.from_pretrained(name, **options).requires_grad_(False)
 
 
 def text_encoders(pipe):
@@ -476,12 +384,11 @@ def text_encoders(pipe):
 
 @torch.no_grad()
 def encode(pipe, prompts, length):
-    """Prompts -> (context [B, L, D], pooled [B, P])."""
-    device, options = pipe.transformer.device, dict(max_sequence_length=length)
+    """Prompts -> (context [B, L, features], pooled [B, features])."""
+    device, options = pipe.transformer.device, dict(do_classifier_free_guidance=False)
+    options["max_sequence_length"] = length
     with on_device(device, *text_encoders(pipe)):
-        context, _, pooled, _ = pipe.encode_prompt(
-            prompts, None, None, device, do_classifier_free_guidance=False, **options
-        )
+        context, _, pooled, _ = pipe.encode_prompt(prompts, None, None, device, **options)
     return context, pooled
 
 
@@ -493,26 +400,16 @@ def decode(pipe, latents):
 
 
 @torch.no_grad()
-def update_average(average, weights, decay, n):
-    """The exponential moving average of the weights, after update n = 0, 1, ...
+def update_ema(ema, weights, decay, n):
+    """The exponential moving average (EMA) of the weights, after update n = 0, 1, ...
 
-        average = d * average + (1 - d) * weights,      d = min(decay, (1 + n) / (10 + n))
+        ema = d * ema + (1 - d) * weights,      d = min(decay, (1 + n) / (10 + n))
 
-    d is smaller at first, as in Flow-GRPO: otherwise the average would stay near the start.
+    d is smaller at first, as in Flow-GRPO: otherwise the EMA would stay near the start.
     """
     d = min(decay, (1 + n) / (10 + n))
-    for mean, weight in zip(average, weights):
-        mean.lerp_(weight.to(mean.device), 1 - d)
-
-
-def can_compile(device):
-    """Whether torch.compile finds what it needs, such as a C++ compiler. If not, says so."""
-    try:
-        torch.compile(lambda x: x.exp() + 1)(torch.ones(8, device=device))
-    except Exception as error:  # PyTorch raises many kinds
-        print(f"--compile is left out: {str(error).strip().splitlines()[0]}")
-        return False
-    return True
+    for average, weight in zip(ema, weights):
+        average.lerp_(weight.to(average.device), 1 - d)
 
 
 PART = 100  # tensors per file of a checkpoint: what is written is copied to main memory first
@@ -526,52 +423,43 @@ class Trainer:
         home = "cpu" if args.offload else args.device  # of what is not trained
         for each in (task, *task.monitors):
             each.load(args.device)
-            for network in networks(each):
-                network.to(home)
+        for network in networks(task, *task.monitors):
+            network.to(home)
         frozen = torch.bfloat16 if args.bfloat16 else torch.float32
         parts = dict(dtype={"transformer": torch.float32, "vae": torch.float32, "default": frozen})
         parts |= {} if args.t5 else dict(text_encoder_3=None, tokenizer_3=None)
-        with naming(f"--model {args.model} ({SAFE})"):
-            self.pipe = load_pipeline(args.model, **parts)
-            tokenizers = [self.pipe.tokenizer, self.pipe.tokenizer_2, self.pipe.tokenizer_3]
-            bad = f"--model {args.model} has no tokenizer, or one without a token limit"
-            for each in tokenizers[: 2 + args.t5]:  # one whose files are missing knows 2 tokens
-                good = each is not None and len(each) > 2 and each.model_max_length < 10**6
-                require(good, bad)
+        with naming(f"--model {args.model}", weights=True):
+            self.pipe = pipe = load_pipeline(args.model, **parts)
+            check_tokenizers(pipe)
         # explicit dtypes, for without the package accelerate the loader may keep those of the file
-        self.pipe.vae.to(args.device, torch.float32).requires_grad_(False)
-        self.pipe.vae.enable_slicing()  # decode one image at a time
-        for encoder in text_encoders(self.pipe):
+        pipe.vae.to(args.device, torch.float32).requires_grad_(False)
+        pipe.vae.enable_slicing()  # decode one image at a time
+        for encoder in text_encoders(pipe):
             encoder.to(home, frozen)
-        self.transformer = transformer = self.pipe.transformer.to(args.device, torch.float32)
-        self.weights = list(transformer.parameters())
-        # the starting weights, and a moving average: lists of tensors like `weights`
-        self.reference = self.average = None
-        if args.kl_weight > 0:  # of the same dtype as in the file, they take no main memory
-            start = load_transformer(args.model, dtype=frozen).to(home, frozen)
+        self.transformer = pipe.transformer.to(args.device, torch.float32)
+        self.weights = list(self.transformer.parameters())
+        # the starting weights, and the EMA: lists of tensors like `weights`
+        self.reference = self.ema = None
+        if args.kl_weight > 0:  # read again: of the dtype of the file, they take no main memory
+            options = dict(subfolder="transformer", use_safetensors=True, dtype=frozen)
+            start = type(self.transformer).from_pretrained(args.model, **options).to(home, frozen)
             self.reference = [weight.data for weight in start.parameters()]
         if args.ema_decay > 0:
-            self.average = [weight.data.to(home, copy=True) for weight in self.weights]
+            self.ema = [weight.data.to(home, copy=True) for weight in self.weights]
         if args.gradient_checkpointing:
-            transformer.enable_gradient_checkpointing()
-        if args.compile and can_compile(args.device):
-            torch._dynamo.config.skip_nnmodule_hook_guards = False  # see AttentionAllocator
-            torch._dynamo.config.cache_size_limit = 64  # with and without hooks, gradients, ...
-            for block in transformer.transformer_blocks:
-                block.compile()
-        options = dict(weight_decay=args.weight_decay)
-        if args.optimizer == "adamw":  # fused needs no temporary copy of the weights
-            options["fused"] = args.device == "cuda"
-            self.optimizer = torch.optim.AdamW(self.weights, args.learning_rate, **options)
-        else:  # 1e-18: gradients of any size; 1: the learning rate means what it means for AdamW
-            options["eps"] = (1e-18, 1.0)
-            self.optimizer = torch.optim.Adafactor(self.weights, args.learning_rate, **options)
-        scale = self.pipe.vae_scale_factor
-        side = args.height // scale if args.height else transformer.config.sample_size
-        self.shape = (transformer.config.in_channels, side, side)
+            self.transformer.enable_gradient_checkpointing()
+        if args.compile:
+            compile_blocks(self.transformer)
+        kind, options = torch.optim.AdamW, dict(fused=args.device == "cuda")
+        if args.optimizer == "adafactor":  # for gradients of any size; steps as long as AdamW's
+            kind, options = torch.optim.Adafactor, dict(eps=(1e-18, 1.0))
+        options["weight_decay"] = args.weight_decay
+        self.optimizer = kind(self.weights, args.learning_rate, **options)
+        side = (args.height or 0) // pipe.vae_scale_factor or pipe.default_sample_size
+        self.shape = (self.transformer.config.in_channels, side, side)
         options = dict(enabled=args.bfloat16, cache_enabled=False)  # no bfloat16 copies
         self.autocast = torch.autocast(args.device, torch.bfloat16, **options)
-        self.empty_prompt = encode(self.pipe, [""], args.max_sequence_length)
+        self.empty_prompt = encode(pipe, [""], args.max_sequence_length)
 
     def policy(self, steps):
         self.pipe.scheduler.set_timesteps(steps)
@@ -579,174 +467,152 @@ class Trainer:
         return Policy(self.transformer, sigmas, self.args.noise_level, guidance, self.empty_prompt)
 
     def with_weights(self, values):
-        """The transformer with the reference or the average for weights, within the block."""
+        """The transformer with the reference or the EMA for weights, within the block."""
         return replaced(self.weights, [value.to(self.args.device) for value in values])
 
-    def scores(self, task, images, prompts):
-        with on_device(self.args.device, *networks(task)):
-            return scores(task, images, prompts)
-
-    def encode(self, prompts):
+    def encode_prompts(self, prompts):
         """What the model is conditioned on, and its core tokens: (context, pooled, core [B, L])."""
         spans, length = map(self.task.core_spans, prompts), self.args.max_sequence_length
         core = core_tokens_of(self.pipe, prompts, spans, length).to(self.args.device)
         return *encode(self.pipe, prompts, length), core
 
-    def allocation(self, samples):
-        """How the advantage of each image is allocated: [B, S, H, W]."""
-        if self.args.allocation == "uniform":
-            return torch.ones_like(samples.log_prob)
-        return allocation_weights(samples.maps, self.shape[1:], self.args.allocation, self.args.lam)
-
     def iterate(self, iteration):
         """Sample, score, update. Returns the metrics of the iteration."""
-        args, metrics = self.args, defaultdict(list)
-        K, G, S = args.prompts_per_iteration, args.group_size, args.stochastic_steps
-        begin, seconds = time.perf_counter(), {}
+        args = self.args
+        prompts, batches = self.sample(iteration)  # N prompts, N * G images in batches
+        rewards = self.score(prompts, batches)  # [N, G]
+        advantages = group_advantages(rewards, args.global_std, args.advantage_clip)
+        metrics = self.update(iteration, batches, advantages.flatten().to(args.device))
+        equal = (rewards.amax(1) == rewards.amin(1)).float()
+        line = {"iteration": iteration, "images": iteration * rewards.numel()}
+        line |= {"reward_mean": rewards.mean().item(), "reward_std": rewards.std().item()}
+        return line | {"groups_without_spread": equal.mean().item()} | metrics
 
-        def lap(phase):
-            if args.device == "cuda":
-                torch.cuda.synchronize()
-            seconds[phase] = time.perf_counter() - begin - sum(seconds.values())
-
+    def sample(self, iteration):
+        """Sample G images for each of N prompts: (prompts, Rollouts). Prompts vary the slowest."""
+        args, policy = self.args, self.policy(self.args.steps)
+        N, G, S = args.prompts_per_iteration, args.group_size, args.stochastic_steps
         # seeded by the iteration, so that a resumed run draws the same numbers
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + iteration)
-        policy = self.policy(args.steps)
-
-        # 1. Choose K prompts and S consecutive steps that are stochastic. Each step costs a forward
-        # and a backward pass in the update, so S is small. Other iterations choose other steps.
-        chosen = torch.randperm(len(self.task.prompts), generator=generator)[:K]
+        chosen = torch.randperm(len(self.task.prompts), generator=generator)[:N]
         prompts = [self.task.prompts[i] for i in chosen]
-        first, last = step_range(args)
-        first = torch.randint(first, last - S + 2, (1,), generator=generator).item()
-        trained = range(first, first + S)
-        context, pooled, core = self.encode(prompts)
-        lap("encode")
+        # S consecutive steps are stochastic and trained. Each costs a forward and a backward pass
+        # in the update, so S is small. Other iterations choose other steps.
+        low, high = map(int, args.stochastic_range.split("-"))
+        first = torch.randint(low, high - S + 2, (1,), generator=generator).item()
+        steps = range(first, first + S)
+        recorded = () if args.allocation == "uniform" else steps
 
-        # 2. Sample a group of images for each prompt, batch by batch.
-        group = torch.arange(K).repeat_interleave(G)  # the prompt of each image
-        noise = torch.randn(K if args.same_noise else K * G, *self.shape, generator=generator)
-        noise = (noise[group] if args.same_noise else noise).to(args.device)
+        noise = torch.randn(N if args.same_noise else N * G, *self.shape, generator=generator)
+        noise = noise.repeat_interleave(N * G // len(noise), 0).to(args.device)
+        inputs = [each.repeat_interleave(G, 0) for each in self.encode_prompts(prompts)]
         batches = []
-        for index in torch.arange(K * G).split(args.batch_size):
-            prompt = (context[group[index]], pooled[group[index]])
-            core_tokens = None if args.allocation == "uniform" else core[group[index]]
+        for x, *prompt, core in zip(*(each.split(args.batch_size) for each in (noise, *inputs))):
             with self.autocast:
-                samples = rollout(policy, noise[index], prompt, trained, generator, core_tokens)
-            batches.append((samples, prompt, index))
-        lap("rollout")
-
-        # 3. Score them, and compare each with its group.
-        finished = [samples.latents[:, -1] for samples, _, _ in batches]
-        images = [image for latents in finished for image in decode(self.pipe, latents)]
-        lap("decode")
-        rewards = self.scores(self.task, images, [prompts[i] for i in group]).view(K, G)
-        advantages = group_advantages(rewards, args.global_std, args.advantage_clip)
-        advantages = advantages.flatten().to(args.device)
-        lap("reward")
-
-        # 4. Make the actions behind the better images more likely, most of all at the core words.
-        # The rollout kept no graph, so we compute each step again: how likely does the current
-        # policy make the action that was taken?
+                batches.append(rollout(policy, x, prompt, steps, generator, recorded, core))
         if self.reference:  # all means at once: only now are its weights on the device
             with self.with_weights(self.reference), torch.no_grad(), self.autocast:
-                reference_means = [
-                    [policy.step(samples.latents[:, k], k, prompt)[1] for k in trained]
-                    for samples, prompt, _ in batches
-                ]
-        per_update = len(batches) // args.updates_per_iteration
-        for number, (samples, prompt, index) in enumerate(batches):
-            weights = self.allocation(samples)
-            metrics["weight_peak"].append(weights.amax((-2, -1)).mean())
-            teaches = advantages[index] != 0  # no image is trained on its KL alone
-            for j, k in enumerate(trained if teaches.any() else ()):
-                with self.autocast:
-                    _, mean, std = policy.step(samples.latents[:, k], k, prompt)
-                old = samples.log_prob[:, j]
-                new = position_log_prob(samples.latents[:, k + 1], mean, std)
-                metrics["ratio_mean"].append((new.detach() - old).exp().mean())
-                if number < per_update:  # The weights are still those of the rollout. So the ratio
-                    old = new.detach()  # is 1, but compiled code rounds differently there.
-                loss, _, clipped = star_loss(
-                    new, old, advantages[index], weights[:, j], args.clip_range
-                )
-                if self.reference:
-                    kl = kl_to_reference(mean, reference_means[number][j], std).mean((-2, -1))
-                    loss = loss + args.kl_weight * (kl * teaches).mean()
-                    metrics["kl"].append(kl.detach().mean())
-                (loss / (per_update * S)).backward()  # per step: less memory than for all at once
-                metrics["clip_fraction"].append(clipped.float().mean())
-            if (number + 1) % per_update == 0:
-                norm = torch.nn.utils.clip_grad_norm_(self.weights, args.max_gradient_norm)
-                require(norm.isfinite(), "the gradient is not finite; lower --learning-rate")
-                metrics["gradient_norm"].append(norm)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-                if self.average:
-                    done = (iteration - 1) * args.updates_per_iteration + number // per_update
-                    update_average(self.average, self.weights, args.ema_decay, done)
-        lap("update")
+                for batch in batches:
+                    batch.reference_means = [
+                        policy.distribution(batch.latents[:, k], k, batch.prompt)[0] for k in steps
+                    ]
+        return prompts, batches
 
-        return {
-            "iteration": iteration,
-            "images": iteration * K * G,
-            "reward_mean": rewards.mean().item(),
-            "reward_std": rewards.std().item(),
-            "groups_without_spread": (rewards.amax(1) == rewards.amin(1)).float().mean().item(),
-            **{name: torch.stack(values).mean().item() for name, values in metrics.items()},
-            "seconds": seconds,
-        }
+    def score(self, prompts, batches):
+        """The reward of each image: [N, G]."""
+        images = [image for batch in batches for image in decode(self.pipe, batch.latents[:, -1])]
+        prompts = [prompt for prompt in prompts for _ in range(self.args.group_size)]
+        with on_device(self.args.device, *networks(self.task)):
+            return scores(self.task, images, prompts).view(-1, self.args.group_size)
+
+    def allocation(self, batch):
+        """How the advantage of each image is allocated: weights [B, S, H, W]."""
+        if self.args.allocation == "uniform":
+            return torch.ones_like(batch.log_prob)
+        return allocation_weights(batch.maps, self.shape[1:], self.args.allocation, self.args.lam)
+
+    def update(self, iteration, batches, advantages):
+        """Make the actions behind the better images more likely, most of all at the core words.
+
+        The rollout kept no graph, so each step is computed again: how likely does the current
+        policy make the action that was taken? advantages are [N * G]. Returns metrics.
+        """
+        args, policy, metrics = self.args, self.policy(self.args.steps), defaultdict(list)
+        pairs = list(zip(batches, advantages.split(args.batch_size)))
+        size = len(pairs) // args.updates_per_iteration
+        for number in range(args.updates_per_iteration):
+            for batch, advantages in pairs[number * size : (number + 1) * size]:
+                weights = self.allocation(batch)
+                metrics["weight_peak"].append(weights.amax((-2, -1)).mean())
+                teaches = advantages != 0  # no image is trained on its KL alone
+                for j, k in enumerate(batch.steps if teaches.any() else ()):
+                    with self.autocast:
+                        mean, std = policy.distribution(batch.latents[:, k], k, batch.prompt)
+                    new = position_log_prob(batch.latents[:, k + 1], mean, std)
+                    old = batch.log_prob[:, j]
+                    metrics["ratio_mean"].append((new.detach() - old).exp().mean())
+                    if number == 0:  # The weights are still those of the rollout. So the ratio is
+                        old = new.detach()  # 1, but compiled code rounds differently there.
+                    loss, _, clipped = star_loss(
+                        new, old, advantages, weights[:, j], args.clip_range
+                    )
+                    metrics["clip_fraction"].append(clipped.float().mean())
+                    if self.reference:
+                        kl = kl_to_reference(mean, batch.reference_means[j], std).mean((-2, -1))
+                        loss = loss + args.kl_weight * (kl * teaches).mean()
+                        metrics["kl"].append(kl.detach().mean())
+                    (loss / (size * len(batch.steps))).backward()  # per step: needs less memory
+            norm = torch.nn.utils.clip_grad_norm_(self.weights, args.max_gradient_norm)
+            require(norm.isfinite(), "the gradient is not finite; lower --learning-rate")
+            metrics["gradient_norm"].append(norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            if self.ema:
+                done = (iteration - 1) * args.updates_per_iteration + number
+                update_ema(self.ema, self.weights, args.ema_decay, done)
+        return {name: torch.stack(values).mean().item() for name, values in metrics.items()}
 
     def generate(self, prompts, steps, recorded=()):
         """Sample one image per prompt, deterministically, from the same noise in every call.
 
         Yields one Rollout per batch.
         """
-        args = self.args
+        args, policy = self.args, self.policy(steps)
         generator = torch.Generator().manual_seed(args.seed)
-        start = torch.randn(len(prompts), *self.shape, generator=generator).to(args.device)
-        context, pooled, core = self.encode(prompts)
-        policy = self.policy(steps)
-        with self.with_weights(self.average) if self.average else nullcontext():
+        noise = torch.randn(len(prompts), *self.shape, generator=generator).to(args.device)
+        context, pooled, core = self.encode_prompts(prompts)
+        with self.with_weights(self.ema) if self.ema else nullcontext():
             for i in torch.arange(len(prompts)).split(args.batch_size):
                 prompt = (context[i], pooled[i])
                 with self.autocast:  # closed before yield: the caller must not run under it
-                    samples = rollout(policy, start[i], prompt, (), None, core[i], recorded)
-                yield samples
+                    batch = rollout(policy, noise[i], prompt, (), None, recorded, core[i])
+                yield batch
 
     def evaluate(self, prompts):
         """One image per prompt: (metrics, images, rewards)."""
-        batches = self.generate(prompts, self.args.evaluation_steps)
-        images = [image for b in batches for image in decode(self.pipe, b.latents[:, -1])]
-        rewards = self.scores(self.task, images, prompts)
-        error = rewards.std().item() / len(rewards) ** 0.5 if len(rewards) > 1 else None
-        with on_device(self.args.device, *networks(self.task)), torch.no_grad():
-            report = self.task.report(images, prompts)
-        for monitor in self.task.monitors:
-            report |= {type(monitor).__name__: self.scores(monitor, images, prompts).mean()}
-        metrics = {
-            "heldout_reward": rewards.mean().item(),
-            "heldout_reward_standard_error": error,
-            "report": {name: float(value) for name, value in report.items()},
-        }
-        return metrics, images, rewards
+        batches, task = self.generate(prompts, self.args.evaluation_steps), self.task
+        images = [image for each in batches for image in decode(self.pipe, each.latents[:, -1])]
+        with on_device(self.args.device, *networks(task, *task.monitors)), torch.no_grad():
+            rewards = scores(task, images, prompts)
+            report = task.report(images, prompts)
+            for monitor in task.monitors:
+                report |= {type(monitor).__name__: scores(monitor, images, prompts).mean()}
+        report = {name: float(value) for name, value in report.items()}
+        return {"heldout_reward": rewards.mean().item(), "report": report}, images, rewards
 
     def tensors(self):
-        """All that training changes, by name: weights, the optimizer's state, the average."""
-        tensors = {}
-        for i, (name, weight) in enumerate(self.transformer.named_parameters()):
-            tensors[name] = weight
-            state = self.optimizer.state[weight]
-            tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
-            if self.average:
-                tensors[f"average.{name}"] = self.average[i]
+        """All that training changes, by name: weights, the EMA, the optimizer's state."""
+        tensors = dict(self.transformer.named_parameters())
+        tensors |= {f"ema.{i}": average for i, average in enumerate(self.ema or [])}
+        for i, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{key}": value for key, value in state.items()}
         return tensors
 
     def save(self, folder, history):
         """Write a checkpoint. It needs no generator: seed and iteration give all random numbers."""
-        folder.mkdir()
-        (folder / "history.json").write_text(json.dumps(history))
         tensors = list(self.tensors().items())
+        folder.mkdir()
+        (folder / "history.json").write_text(json.dumps([len(tensors), history]))
         for i in range(0, len(tensors), PART):
             save_file(dict(tensors[i : i + PART]), folder / f"{i}.safetensors")
 
@@ -754,95 +620,137 @@ class Trainer:
     def load(self, folder):
         """Continue from a checkpoint; returns the metrics so far."""
         with naming(f"checkpoint {folder}"):
-            history, stored = json.loads((folder / "history.json").read_text()), {}
+            count, history = json.loads((folder / "history.json").read_text())
+            stored, state = {}, defaultdict(dict)
             for file in folder.glob("*.safetensors"):
-                part = safe_open(file, "pt")
-                stored |= dict.fromkeys(part.keys(), part)
-            if any(name.startswith("optimizer.") for name in stored):
-                for weight in self.weights:
-                    weight.grad = torch.zeros_like(weight)
-                self.optimizer.step()  # creates the optimizer's state, whose values follow
-                self.optimizer.zero_grad()
+                stored |= load_file(file)
+            require(len(stored) == count, f"checkpoint {folder}: a part of it is missing")
             for name, tensor in self.tensors().items():
-                require(name in stored, f"checkpoint {folder} has no {name}; part of it is missing")
-                tensor.copy_(stored[name].get_tensor(name))
+                tensor.copy_(stored.pop(name))
+            for name, tensor in stored.items():
+                _, i, key = name.split(".")
+                state[int(i)][key] = tensor
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict(dict(state=state, param_groups=groups))
             return history
 
     def save_pipeline(self, path):
         """Write a complete pipeline; what was not loaded (T5 with --no-t5) comes from --model."""
         parts = {name: part for name, part in self.pipe.components.items() if part}
         pipe = load_pipeline(self.args.model, dtype=self.pipe.text_encoder.dtype, **parts)
-        with replaced(self.weights, self.average) if self.average else nullcontext():
+        with replaced(self.weights, self.ema) if self.ema else nullcontext():
             pipe.save_pretrained(path, max_shard_size="2GB")  # each is copied to main memory
 
 
-# ------------------------------------------------------------------------------------------ Figures
-def tile(image, caption, side=144):
-    """An image with a caption below it."""
-    canvas = Image.new("RGB", (side + 12, side + 84), "white")
-    smooth = Image.LANCZOS if image.width > side else Image.NEAREST
-    canvas.paste(image.resize((side, side), smooth), (6, 6))
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
-    draw.multiline_text((6, side + 8), textwrap.fill(caption, side // 6), "black", font)
-    return canvas
+# ----------------------------------------------------------- Part 4: the program (skim this one)
+@dataclass
+class Arguments:
+    """MINIATURE and FULL_SIZE change some of these defaults. config.json has those of a run."""
+
+    # the run
+    task: str = "ocr"  # ocr, geneval, pickscore, FILE.py:CLASS or a mix: ocr:0.7,pickscore:0.3
+    model: str = "tiny/sd3"  # folder or hub name of a Stable Diffusion 3 pipeline
+    reward_model: str = None  # models for the reward: commas within a task, semicolons between
+    prompts: str = None  # file with one training prompt per line; each task has its own
+    heldout_prompts: str = None  # the same for evaluation
+    out: str = None  # output folder; runs/TASK-ALLOCATION-SEED if not given
+    resume: bool = False  # continue the run in the output folder
+    seed: int = 0  # seed of prompts and noise
+    iterations: int = 28  # iterations of sampling and updating
+    evaluate_every: int = 14  # iterations between evaluations
+    evaluation_prompts: int = 96  # held-out prompts per evaluation, one image each
+    monitor: str = "pickscore,signs"  # tasks whose rewards are logged, but not trained
+    save_every: int = 10  # iterations between checkpoints
+    # allocation
+    allocation: Literal["uniform", "spatial", "spatiotemporal"] = "spatial"  # how to allocate
+    lam: float = 1.0  # strength of the allocation, from 0 (uniform) to 1
+    # sampling
+    prompts_per_iteration: int = 3  # N, prompts per iteration
+    group_size: int = 8  # G, images per prompt
+    batch_size: int = 24  # images per forward pass; must divide N * G
+    height: int = None  # height and width in pixels; as the model was trained if not given
+    steps: int = 10  # T, denoising steps in training
+    evaluation_steps: int = 10  # denoising steps in evaluation
+    stochastic_steps: int = 3  # S, consecutive steps that are stochastic and trained
+    stochastic_range: str = "0-3"  # first and last step that may be stochastic
+    noise_level: float = 0.7  # a, noise of a stochastic step
+    guidance_scale: float = 1.0  # classifier-free guidance, in training too; 1 is none
+    same_noise: bool = True  # start all images of a group from the same noise
+    t5: bool = True  # use the third and largest text encoder
+    max_sequence_length: int = 20  # T5 tokens per prompt
+    # update
+    updates_per_iteration: int = 1  # optimizer steps; from the second on, ratios leave 1
+    optimizer: Literal["adamw", "adafactor"] = "adamw"  # adafactor needs almost no memory
+    learning_rate: float = 4e-4  # learning rate
+    weight_decay: float = 1e-4  # weight decay
+    max_gradient_norm: float = 1.0  # clip gradients to this norm
+    clip_range: float = 2e-2  # eps, how far a ratio may leave 1
+    advantage_clip: float = 5.0  # limit of advantages, to both sides
+    global_std: bool = False  # divide advantages by the std of all rewards, not of the group
+    kl_weight: float = 0.0  # beta, KL penalty towards the starting weights; 0 is none
+    ema_decay: float = 0.8  # decay of the weights' moving average; 0 is none
+    # machine
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # device
+    bfloat16: bool = torch.cuda.is_available()  # bfloat16; the trained weights stay float32
+    gradient_checkpointing: bool = False  # recompute activations: less memory, more time
+    compile: bool = False  # compile the transformer's blocks: faster, but slow to start
+    offload: bool = False  # move frozen models and the EMA to the GPU only for their use
+    low_memory: bool = False  # other defaults for a small GPU (LOW_MEMORY)
 
 
-def draw_samples(title, images, rewards, prompts):
-    """One row of samples.png."""
-    shown = list(zip(images, rewards, prompts))[:8]
-    tiles = [tile(image, f"{title} {reward:.2f}: {prompt}") for image, reward, prompt in shown]
-    return make_image_grid(tiles, rows=1, cols=len(tiles))
+HELP = dict(re.findall(r"    (\w+): .* = .*  # (.*)", inspect.getsource(Arguments)))
+# fmt: off
+BOUNDS = dict(  # of other numbers: 1 or more, with a fraction 0 or more, and up to a million
+    seed=(0, 2**32), group_size=(2, 10**6), lam=(0, 1), noise_level=(1e-3, 10),
+    learning_rate=(1e-12, 1), max_gradient_norm=(1e-9, 1e9), clip_range=(1e-9, 1),
+    advantage_clip=(1e-9, 10**6), ema_decay=(0, 0.999999),
+)
+# What else the miniature needs; the defaults above are those of ocr. study/RESULTS.md has the runs.
+OTHER = dict(monitor="", learning_rate=2e-4, ema_decay=0.0)  # also for a task of your own
+MINIATURE = dict(
+    ocr={},
+    geneval=OTHER | dict(
+        prompts_per_iteration=6, batch_size=48, iterations=30, evaluate_every=15,
+        evaluation_prompts=120, monitor="pickscore", learning_rate=3e-4,
+        same_noise=False,  # with it the strict score stops rising earlier
+    ),
+    pickscore=OTHER | dict(
+        prompts_per_iteration=6, batch_size=48, iterations=16, evaluate_every=8,
+        learning_rate=4e-4,
+    ),
+)
+# Defaults for SD3 Medium, SD3.5 Medium and SD3.5 Large on one GPU. [F] marks Flow-GRPO's published
+# settings, the others are ours and untuned. rewards.py names the models that score real images.
+FULL_SIZE = OTHER | dict(
+    height=512, evaluation_steps=40, guidance_scale=4.5,     # [F]
+    group_size=24, same_noise=False, global_std=True,        # [F]
+    stochastic_range="0-4",     # [F] fast variant: a window of 3 steps in the first half
+    clip_range=6e-3,            # [F] 1e-4 for one ratio per image and step: see star_loss
+    learning_rate=1e-5,         # [F] 3e-4 for LoRA; training all parameters needs far less
+    ema_decay=0.99,             # [F] 0.9 after every eighth update, about the same
+    kl_weight=0.04 * 0.058,     # [F] divides by s^2, we by std^2 = s^2 * -dt: mean -dt is 0.058
+    max_sequence_length=128,    # [F]
+    prompts_per_iteration=8, batch_size=8, gradient_checkpointing=True,
+    iterations=500, evaluate_every=20, save_every=20,
+)
+LOW_MEMORY = dict(batch_size=1, gradient_checkpointing=True, optimizer="adafactor", offload=True)
+# fmt: on
 
 
-def draw_maps(trainer, prompts):
-    """maps.png: per prompt and step, the map in red over the image that the model predicts."""
-    steps, tiles = trainer.args.steps, []
-    batches = trainer.generate(prompts, steps, recorded=range(steps))
-    rows = [row for samples in batches for row in zip(samples.latents, samples.maps)]
-    sigmas = trainer.policy(steps).sigmas
-    for prompt, (latents, maps) in zip(prompts, rows):
-        for k in range(steps):
-            velocity = (latents[k + 1] - latents[k]) / (sigmas[k + 1] - sigmas[k])  # no noise here
-            (image,) = decode(trainer.pipe, (latents[k] - sigmas[k] * velocity)[None])
-            red = (200 * maps[k] / maps[k].max().clamp_min(1e-8)).byte().cpu().numpy()
-            image = image.convert("L").convert("RGB")
-            image.paste((230, 30, 30), mask=Image.fromarray(red).resize(image.size, Image.NEAREST))
-            tiles.append(tile(image, f"sigma {sigmas[k]:.2f} {'' if k else prompt}"))
-        tiles.append(tile(*decode(trainer.pipe, latents[-1:]), "finished"))
-    return make_image_grid(tiles, rows=len(prompts), cols=steps + 1)
+def full_size_defaults(task, args):
+    """FULL_SIZE, and what is fastest with the memory of the GPU, for SD3.5 Medium."""
+    defaults = FULL_SIZE | (dict(kl_weight=0.01 * 0.058) if task == "pickscore" else {})  # [F]
+    if args.device == "cuda" and torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+        defaults |= dict(compile=True, offload=memory < 70, gradient_checkpointing=memory < 110)
+    return defaults
 
 
-def draw_curve(history, width=900, height=400, margin=50):
-    """curve.png: reward in training (grey) and on held-out prompts against images seen."""
-    curves = {"reward_mean": ("gray", 2), "heldout_reward": ("#1f77b4", 4)}
-    values = [line[name] for line in history for name in curves if name in line]
-    low, high, most = min(values), max(values), max(1, history[-1]["images"])
-    image = Image.new("RGB", (width, height), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
-    for name, (colour, thickness) in curves.items():
-        points = []
-        for line in (line for line in history if name in line):
-            x = margin + (width - 2 * margin) * line["images"] / most
-            y = margin + (height - 2 * margin) * (high - line[name]) / (high - low or 1)
-            points.append((x, y))
-            if name == "heldout_reward":
-                draw.text((x - 6, y - 4), f"{line[name]:.2f}", "black", font, anchor="rb")
-                draw.text((x, height - margin + 16), f"{line['images']}", "gray", font, anchor="mt")
-        draw.line(points, colour, thickness)
-    title = "reward against images seen: in training (grey), on held-out prompts (blue)"
-    draw.text((margin, 8), title, "black", font)
-    return image
-
-
-# --------------------------------------------------------------------------------------------- Main
-PARTIAL = ".partial-"  # names of folders in which something is being written
-
-
-def make_parser():
-    """One option per field of Arguments."""
-    usage, about = "python star.py --task ocr [--option value ...]", __doc__.split("\n")[0]
+def parse_arguments(argv=None):
+    """The arguments and the task. The defaults depend on the model and the task."""
+    usage = "python star.py --task ocr [--option value ...]"
     options = dict(epilog=Arguments.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser = argparse.ArgumentParser(usage=usage, description=about, **options)
+    parser = argparse.ArgumentParser(usage=usage, **options)
     for each in fields(Arguments):
         options = dict(type=each.type, metavar={int: "N", float: "X"}.get(each.type, "NAME"))
         if each.type is bool:
@@ -850,31 +758,19 @@ def make_parser():
         elif get_origin(each.type) is Literal:
             options = dict(choices=get_args(each.type))
         name = "--" + each.name.replace("_", "-")
-        parser.add_argument(name, default=each.default, help=each.metadata["help"], **options)
-    return parser
-
-
-def parse_arguments(argv=None):
-    """The arguments and the task, with other defaults if the model is of full size."""
-    parser = make_parser()
+        parser.add_argument(name, default=each.default, help=HELP[each.name], **options)
     args = parser.parse_args(argv)
     with naming(f"--model {args.model} (a gated model needs `hf auth login`)"):
         config = diffusers.SD3Transformer2DModel.load_config(args.model, subfolder="transformer")
-        vae = diffusers.AutoencoderKL.load_config(args.model, subfolder="vae")
-        kind, wanted = config.get("_class_name", "different model"), "SD3Transformer2DModel"
+        kind, wanted = config.get("_class_name"), "SD3Transformer2DModel"
         require(kind == wanted, f"--model {args.model} is a {kind}; only {wanted} can be trained")
-        full_size = config["sample_size"] >= 64
+        vae = diffusers.AutoencoderKL.load_config(args.model, subfolder="vae")
         unit = config["patch_size"] * 2 ** (len(vae["block_out_channels"]) - 1)  # pixels per token
         heights = range(unit, config["pos_embed_max_size"] * unit + 1, unit)
-    name = parts_of(args.task)[0][0]
-    if full_size:
-        parser.set_defaults(**FULL_SIZE | (FULL_SIZE_PICKSCORE if name == "pickscore" else {}))
-        if args.device == "cuda" and torch.cuda.is_available():  # else `check` says that
-            parser.set_defaults(**for_gpu(torch.cuda.get_device_properties(0).total_memory / 2**30))
-    else:
-        parser.set_defaults(**TINY.get(name, {}))
-    if args.low_memory:
-        parser.set_defaults(**LOW_MEMORY)
+        full_size = config["sample_size"] >= 64
+    name = re.split("[:,]", args.task)[0]
+    defaults = full_size_defaults(name, args) if full_size else MINIATURE.get(name, OTHER)
+    parser.set_defaults(**defaults | (LOW_MEMORY if args.low_memory else {}))
     args = Arguments(**vars(parser.parse_args(argv)))
     check(args, heights)
     files = (args.prompts, args.heldout_prompts)
@@ -884,24 +780,12 @@ def parse_arguments(argv=None):
     return args, task
 
 
-def for_gpu(memory):
-    """What is fastest on a GPU with this many GiB; enough for SD3.5 Medium's defaults."""
-    return dict(compile=True, offload=memory < 76, gradient_checkpointing=memory < 120)
-
-
-def step_range(args):
-    """--stochastic-range 0-3 as two numbers."""
-    with naming(f"--stochastic-range {args.stochastic_range} must be FIRST-LAST"):
-        first, last = map(int, args.stochastic_range.split("-"))
-    return first, last
-
-
 def check(args, heights):
     """Find mistakes in the arguments before anything heavy is loaded."""
-    for each in fields(args):
-        value, low, high = getattr(args, each.name), each.metadata["low"], each.metadata["high"]
+    for name, value in asdict(args).items():
+        low, high = BOUNDS.get(name, (1 if type(value) is int else 0, 10**6))
         good = type(value) not in (int, float) or low <= value <= high  # a bool is neither
-        option = "--" + each.name.replace("_", "-")
+        option = "--" + name.replace("_", "-")
         require(good, f"{option} is {value}; use a number from {low} to {high}")
     cuda = args.device == "cpu" or torch.cuda.is_available()
     require(cuda, "--device is cuda, but PyTorch finds no CUDA device; use cpu")
@@ -909,12 +793,45 @@ def check(args, heights):
     update = args.batch_size * args.updates_per_iteration
     bad = f"{images} images (--prompts-per-iteration x --group-size), not a multiple of {update}"
     require(images % update == 0, f"{bad} (--batch-size x --updates-per-iteration)")
-    first, last = step_range(args)
+    with naming(f"--stochastic-range {args.stochastic_range} must be FIRST-LAST"):
+        first, last = map(int, args.stochastic_range.split("-"))
     inside = 0 <= first <= last - args.stochastic_steps + 1 and last < args.steps
     window = f"--stochastic-range {args.stochastic_range} must lie within --steps {args.steps}"
     require(inside, f"{window} and hold --stochastic-steps {args.stochastic_steps}")
     sizes = f"this model takes multiples of {heights.step} up to {heights[-1]}"
     require(args.height in (None, *heights), f"--height is {args.height}; {sizes}")
+
+
+def check_tokenizers(pipe):
+    """A tokenizer whose files are missing is None, or knows two tokens and no limit."""
+    for each in [pipe.tokenizer, pipe.tokenizer_2, *[pipe.tokenizer_3] * bool(pipe.text_encoder_3)]:
+        good = each is not None and len(each) > 2 and each.model_max_length < 10**6
+        require(good, f"--model {pipe.name_or_path} has no tokenizer, or one without a token limit")
+
+
+def compile_blocks(transformer):
+    """Compile the blocks if torch.compile finds what it needs, such as a C++ compiler."""
+    try:
+        torch.compile(lambda x: x.exp() + 1)(torch.ones(8, device=transformer.device))
+    except Exception as error:  # PyTorch raises many kinds
+        print(f"--compile is left out: {str(error).strip().splitlines()[0]}")
+        return
+    torch._dynamo.config.skip_nnmodule_hook_guards = False  # see AttentionAllocator
+    torch._dynamo.config.cache_size_limit = 64  # with and without hooks, gradients, ...
+    for block in transformer.transformer_blocks:
+        block.compile()
+
+
+def check_core_words(trainer):
+    """Count the prompts whose core words lie beyond the token limit: the model never sees them."""
+    task, length = trainer.task, trainer.args.max_sequence_length
+    prompts = [prompt for prompt in task.prompts if task.core_spans(prompt)]
+    core = core_tokens_of(trainer.pipe, prompts, map(task.core_spans, prompts), length)
+    lost = int((~core.any(1)).sum())
+    sentence = f"the core words of {lost} of {len(prompts)} prompts lie beyond the token limit"
+    require(lost <= len(prompts) / 2, f"{sentence}; shorten them or use --allocation uniform")
+    if lost:
+        print(f"{sentence}: these train as with --allocation uniform")
 
 
 def open_folder(args):
@@ -946,34 +863,21 @@ def checkpoints(folder):
     return sorted((path for path in paths if path.name.isdigit()), key=lambda path: int(path.name))
 
 
-def write(path, save, *content):
-    """save(path, *content) to a temporary place, then move it: a kill leaves the old or the new."""
-    with naming(f"{path} cannot be written"):
-        path.parent.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=path.parent) as side:
-            partial = Path(side, path.name)
-            save(partial, *content)
-            if path.is_dir():
-                path.rename(Path(side, "old"))
-            partial.replace(path)
+def tile(image, caption, side=144):
+    """An image with a caption below it."""
+    canvas = Image.new("RGB", (side + 12, side + 84), "white")
+    smooth = Image.LANCZOS if image.width > side else Image.NEAREST
+    canvas.paste(image.resize((side, side), smooth), (6, 6))
+    text, font = textwrap.fill(caption, side // 6), ImageFont.load_default(12)
+    ImageDraw.Draw(canvas).multiline_text((6, side + 8), text, "black", font)
+    return canvas
 
 
-def check_core_words(trainer):
-    """Count the prompts whose core words lie beyond the token limit: the model never sees them."""
-    prompts = trainer.task.prompts
-    spans = [trainer.task.core_spans(prompt) for prompt in prompts]
-    core = core_tokens_of(trainer.pipe, prompts, spans, trainer.args.max_sequence_length)
-    lost = sum(bool(words) and not row.any() for words, row in zip(spans, core))
-    sentence = f"the core words of {lost} of {len(prompts)} prompts lie beyond the token limit"
-    require(lost <= len(prompts) / 2, f"{sentence}; shorten them or use --allocation uniform")
-    if lost:
-        print(f"{sentence}: these train as with --allocation uniform")
-
-
-def evenly_spaced(prompts, count):
-    """At most `count` prompts from all parts of a file, which may be sorted by kind."""
-    count = min(count, len(prompts))
-    return [prompts[i * len(prompts) // count] for i in range(count)]
+def draw_samples(title, images, rewards, prompts):
+    """One row of samples.png."""
+    shown = list(zip(images, rewards, prompts))[:8]
+    tiles = [tile(image, f"{title} {reward:.2f}: {prompt}") for image, reward, prompt in shown]
+    return make_image_grid(tiles, rows=1, cols=len(tiles))
 
 
 def train(trainer, history, folder):
@@ -984,40 +888,31 @@ def train(trainer, history, folder):
         metrics, images, rewards = trainer.evaluate(heldout)
         history.append({"iteration": 0, "images": 0} | metrics)
         write(folder / "samples.png", draw_samples("before:", images, rewards, heldout).save)
-        write(folder / "maps.png", draw_maps(trainer, heldout[:4]).save)
-        print(f"samples.png and maps.png in {folder} show the model before training")
+        print(f"{folder}/samples.png shows images before training")
     done = history[-1]["iteration"]
     bar = tqdm(range(done + 1, args.iterations + 1), args.task, args.iterations, initial=done)
     for iteration in bar:
         line, last = trainer.iterate(iteration), iteration == args.iterations
         history.append(line)
+        bar.set_postfix(reward=line["reward_mean"])
         if iteration % args.evaluate_every == 0 or last:
             metrics, images, rewards = trainer.evaluate(heldout)
             line |= metrics
             after = draw_samples(f"after {iteration}:", images, rewards, heldout)
             before = Image.open(folder / "samples.png").crop((0, 0, *after.size))  # its first row
             write(folder / "samples.png", make_image_grid([before, after], rows=2, cols=1).save)
-            write(folder / "curve.png", draw_curve(history).save)
-        evaluated = [line for line in history if "heldout_reward" in line]
-        bar.set_postfix(reward=line["reward_mean"], heldout=evaluated[-1]["heldout_reward"])
         lines = "".join(json.dumps(line) + "\n" for line in history)
         write(folder / "metrics.jsonl", Path.write_text, lines)
         if iteration % args.save_every == 0 or last:
             write(folder / f"checkpoint/{iteration}", trainer.save, history)
             for older in checkpoints(folder)[:-1]:
                 shutil.rmtree(older)
-    write(folder / "maps.png", draw_maps(trainer, heldout[:4]).save)
     write(folder / "pipeline", trainer.save_pipeline)
-
-    evaluated = [line for line in history if "heldout_reward" in line]
-    before, after = evaluated[0], evaluated[-1]
-    for name, value in after["report"].items():
-        print(f"{name}: {before['report'][name]:.3f} -> {value:.3f}")
-    rewards = " -> ".join(
-        f"{line['heldout_reward']:.3f} +- {line['heldout_reward_standard_error'] or 0:.3f}"
-        for line in (before, after)
-    )
-    print(f"held-out reward: {rewards}; see samples.png, maps.png and curve.png in {folder}")
+    for line in (line for line in history if "heldout_reward" in line):
+        report = {"held-out reward": line["heldout_reward"]} | line["report"]
+        numbers = ", ".join(f"{name} {value:.3f}" for name, value in report.items())
+        print(f"after {line['images']} images: {numbers}")
+    print(f"samples.png, metrics.jsonl and the trained pipeline are in {folder}")
 
 
 def main(argv=None):
@@ -1030,12 +925,10 @@ def main(argv=None):
         args, task = parse_arguments(argv)
         folder, settings = open_folder(args)
         trainer, history = Trainer(args, task), []
-        size = sum(weight.numel() for weight in trainer.transformer.parameters()) / 1e6
-        ways = [
-            way for way in ("compile", "offload", "gradient_checkpointing") if getattr(args, way)
-        ]
-        device = " with ".join([args.device, ", ".join(ways)][: 1 + bool(ways)])
-        print(f"{args.model} ({size:.1f}M parameters), task {args.task}, {device} -> {folder}")
+        size = sum(weight.numel() for weight in trainer.weights) / 1e6
+        print(f"{args.model} ({size:.1f}M parameters), task {args.task}, {args.device} -> {folder}")
+        print(f"compile {args.compile}, offload {args.offload}", end=", ")
+        print(f"gradient checkpointing {args.gradient_checkpointing}")
         if args.allocation != "uniform":
             check_core_words(trainer)
         for newest in checkpoints(folder)[-1:]:

@@ -35,6 +35,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -74,16 +75,8 @@ from transformers import (
 )
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from rewards import (
-    COLOUR_PROMPTS,
-    NUMBERS,
-    RELATIONS,
-    geneval_prompts,
-    plural,
-    segmenter_class,
-    unit,
-    with_article,
-)
+import rewards
+from rewards import COCO, COLOUR_PROMPTS, NUMBERS, RELATIONS, Task, plural, segmenter_class, unit
 
 HERE = Path(__file__).parent
 SIZE = 32  # pixels along each side of a picture
@@ -386,6 +379,36 @@ def to_tensor(images):
     return flat.view(len(images), SIZE, SIZE, 3).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+class Signs(Task):
+    """How often a picture of the miniature's world shows a sign of the colour asked for.
+
+    A monitor: the OCR reward does not mind if a text is written twice.
+    """
+
+    colours = dict(white=(245.0, 245, 245), yellow=(250.0, 220, 60), pink=(245.0, 150, 190))
+
+    def reward(self, images, prompts):
+        """How many of the eight places of a sign show one, [len(images)].
+
+        There nearly all pixels are shades of the sign's colour, and most of them are light.
+        """
+        counts = []
+        for image, prompt in zip(images, prompts):
+            asked = re.search(r"(white|yellow|pink) sign", prompt)
+            if not asked or min(image.size) < 16:  # no place fits
+                counts.append(0)
+                continue
+            colour = torch.tensor(self.colours[asked[1]])
+            pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).float()
+            pixels = pixels.view(image.height, image.width, 3)[:, 3:]
+            shade = (pixels @ colour) / (colour @ colour)  # 0 is black
+            near = (pixels - shade[..., None] * colour).norm(dim=-1) < 45
+            both = torch.stack([near, near & (shade > 0.6)]).float()
+            near, light = F.avg_pool2d(both, kernel_size=(8, 13), stride=(8, 16))
+            counts.append(((near > 0.8) & (light > 0.6)).sum())
+        return counts
+
+
 # -------------------------------------------------------------------------------------- the prompts
 
 # Prompts for full-size models: ordinary places where text appears.
@@ -417,6 +440,42 @@ LAST_WORDS = """Bread Harbour Garden Records Kitchen Journey Market Lantern Coff
     River Tailor Theatre Bicycle Orchard Museum Flowers Station Letters Summer""".split()
 
 
+def with_article(words):
+    return ("an " if words[0] in "aeiou" else "a ") + words
+
+
+def geneval_prompts(labels, count, seed=0, settings=("a photo of {}",)):
+    """Up to `count` different prompts from the benchmark's six templates, in its own format."""
+    rng, made = random.Random(seed), {}
+    for _ in range(20 * count):
+        a, b = rng.sample(labels, 2)
+        colour, other = rng.sample(rewards.COLOURS, 2)
+        number, relation = rng.choice(list(NUMBERS)), rng.choice(RELATIONS)
+        one_a, one_b = {"class": a, "count": 1}, {"class": b, "count": 1}
+        red_a, red_b = one_a | {"color": colour}, one_b | {"color": other}
+        coloured = [with_article(f"{colour} {a}"), with_article(f"{other} {b}")]
+        a_name, b_name, many = with_article(a), with_article(b), f"{NUMBERS[number]} {plural(a)}"
+        placed = one_a | {"position": [relation, 0]}
+        templates = [
+            ("single_object", [one_a], a_name),
+            ("two_object", [one_a, one_b], f"{a_name} and {b_name}"),
+            ("counting", [one_a | {"count": number}], many),
+            ("colors", [red_a], coloured[0]),
+            ("position", [one_b, placed], f"{a_name} {relation} {b_name}"),
+            ("color_attr", [red_a, red_b], " and ".join(coloured)),
+        ]
+        tag, include, words = rng.choice(templates)
+        record = {"tag": tag, "include": include, "prompt": rng.choice(settings).format(words)}
+        if tag == "counting":
+            record["exclude"] = [one_a | {"count": number + 1}]
+        made.setdefault(record["prompt"], record)
+        if len(made) == count:
+            break
+    records = list(made.values())
+    rng.shuffle(records)  # the few single objects came first
+    return records
+
+
 def build_prompts(device):
     folder = HERE / "prompts"
     folder.mkdir(exist_ok=True)
@@ -442,6 +501,9 @@ def build_prompts(device):
     texts = [f"{first} {last}" for first in FIRST_WORDS for last in LAST_WORDS]
     rng = random.Random(13)
     rng.shuffle(texts)
+    records = list(map(json.dumps, geneval_prompts(COCO, 2200)))
+    write("real_geneval.jsonl", records[:-200])
+    write("real_geneval_heldout.jsonl", records[-200:])
     for name, own, count in [
         ("real_ocr.txt", texts[40:], 1000),
         ("real_ocr_heldout.txt", texts[:40], 100),

@@ -44,7 +44,6 @@ from rewards import (
     OCR,
     RELATIONS,
     GenEval,
-    Signs,
     Task,
     UserError,
     content_word_spans,
@@ -113,6 +112,24 @@ class Words(Task):
         return [match.span() for match in re.finditer(whole_words, prompt, re.IGNORECASE)]
 
 
+def draw_maps(trainer, prompts):
+    """maps.png: per prompt and step, the map in red over the image that the model predicts."""
+    steps, tiles = trainer.args.steps, []
+    batches = trainer.generate(prompts, steps, recorded=range(steps))
+    rows = [row for batch in batches for row in zip(batch.latents, batch.maps)]
+    sigmas = trainer.policy(steps).sigmas
+    for prompt, (latents, maps) in zip(prompts, rows):
+        for k in range(steps):
+            velocity = (latents[k + 1] - latents[k]) / (sigmas[k + 1] - sigmas[k])  # no noise here
+            (image,) = star.decode(trainer.pipe, (latents[k] - sigmas[k] * velocity)[None])
+            red = (200 * maps[k] / maps[k].max().clamp_min(1e-8)).byte().cpu().numpy()
+            image = image.convert("L").convert("RGB")
+            image.paste((230, 30, 30), mask=Image.fromarray(red).resize(image.size, Image.NEAREST))
+            tiles.append(star.tile(image, f"sigma {sigmas[k]:.2f} {'' if k else prompt}"))
+        tiles.append(star.tile(*star.decode(trainer.pipe, latents[-1:]), "finished"))
+    return make_image_grid(tiles, rows=len(prompts), cols=steps + 1)
+
+
 def maps(args):
     """Show where a model looks for words of your prompt, in one image.
 
@@ -135,9 +152,9 @@ def maps(args):
     settings, _ = star.parse_arguments(options + ["--no-t5"] * args.no_t5)
     settings = replace(settings, kl_weight=0.0, ema_decay=0.0)  # no copies of the weights
     trainer = star.Trainer(settings, task)
-    _, _, core = trainer.encode([args.prompt])
+    _, _, core = trainer.encode_prompts([args.prompt])
     require(core.any(), f"the words {found} lie beyond the token limit; shorten the prompt")
-    star.write(args.save, star.draw_maps(trainer, [args.prompt]).save)
+    star.write(args.save, draw_maps(trainer, [args.prompt]).save)
     print(f"{args.save} shows the attention to: {found}")
 
 
@@ -484,7 +501,7 @@ def sign_quality(args):
     clean = (clean - vae.config.shift_factor) * vae.config.scaling_factor
     torch.manual_seed(0)
     noise = torch.randn(clean.shape)
-    context, pooled, core = trainer.encode([shot["caption"] for shot in shots])
+    context, pooled, core = trainer.encode_prompts([shot["caption"] for shot in shots])
     policy = trainer.policy(trainer.args.steps)
     every = list(range(len(transformer.transformer_blocks)))
     choices = {f"block {block}": [block] for block in every}
@@ -582,9 +599,10 @@ def problem(args):
     torch.manual_seed(args.seed)
     prompts = [trainer.task.heldout_prompts[args.seed]] * 16
     noise = torch.randn(1, *trainer.shape).expand(len(prompts), -1, -1, -1)
-    context, pooled, core = trainer.encode(prompts)
+    context, pooled, core = trainer.encode_prompts(prompts)
     policy = trainer.policy(trainer.args.steps)
-    samples = star.rollout(policy, noise, (context, pooled), (1, 2, 3), core_tokens=core)
+    steps = (1, 2, 3)
+    samples = star.rollout(policy, noise, (context, pooled), steps, None, steps, core)
     images = star.decode(trainer.pipe, samples.latents[:, -1])
     rewards = scores(trainer.task, images, prompts)
     advantages = star.group_advantages(rewards[None])[0]
@@ -614,13 +632,13 @@ def estimate(trainer, kinds, steps):
     chosen = torch.randperm(len(task.prompts))[:K]
     group = torch.arange(K).repeat_interleave(G)
     prompts = [task.prompts[i] for i in chosen]
-    context, pooled, core = trainer.encode(prompts)
+    context, pooled, core = trainer.encode_prompts(prompts)
     policy = trainer.policy(args.steps)
     noise = torch.randn(K, *trainer.shape)[group]
     batches, images = [], []
     for index in torch.arange(K * G).split(args.batch_size):
         prompt, words = (context[group[index]], pooled[group[index]]), core[group[index]]
-        samples = star.rollout(policy, noise[index], prompt, steps, None, words)
+        samples = star.rollout(policy, noise[index], prompt, steps, None, steps, words)
         batches.append((samples, prompt, index))
         images += star.decode(trainer.pipe, samples.latents[:, -1])
     rewards = scores(task, images, [prompts[i] for i in group]).view(K, G)
@@ -630,7 +648,7 @@ def estimate(trainer, kinds, steps):
         maps = [changed_maps(kind, task, trainer.pipe, samples) for kind in kinds]
         weights = [star.allocation_weights(each, trainer.shape[1:]) for each in maps]
         for j, k in enumerate(steps):
-            _, mean, std = policy.step(samples.latents[:, k], k, prompt)
+            mean, std = policy.distribution(samples.latents[:, k], k, prompt)
             new = star.position_log_prob(samples.latents[:, k + 1], mean, std)
             for kind, each in zip(kinds, weights):
                 old, weight = samples.log_prob[:, j], each[:, j]
@@ -713,7 +731,7 @@ def tricks(args):
     prompts = star.evenly_spaced(trainer.task.heldout_prompts, args.images)
 
     def show(name, metrics):
-        error = metrics["heldout_reward_standard_error"]
+        error = rewards.std() / len(rewards) ** 0.5
         report = ", ".join(f"{key} {value:.2f}" for key, value in metrics["report"].items())
         print(f"{name}: {metrics['heldout_reward']:.3f} +- {error:.3f} {report}", flush=True)
 
@@ -772,7 +790,7 @@ def faults_of(prompt, read, signs, found, colours_of):
 def faults(args):
     """Count what is wrong with the pictures of a model, one picture for each training prompt."""
     trainer = load_trainer("--task", args.task, "--model", args.model)
-    reader, counter, detector = OCR(), Signs(), GenEval()
+    reader, counter, detector = OCR(), build.Signs(), GenEval()
     reader.load("cpu")
     detector.load("cpu")
     prompts = (trainer.task.prompts * 10)[: args.images]
