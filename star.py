@@ -11,11 +11,10 @@ choices more likely that led to good images:
    divided by the standard deviation (`group_advantages`).
 3. Raise the probability of the actions behind the better images, lower the rest (`star_loss`).
 
-Part 1 is this: Flow-GRPO (arXiv 2505.05470), which applies one advantage to the whole image. Part 2
-is what STAR (arXiv 2606.17979) adds. The model's own attention tells which image positions look at
-the *core words* of the prompt, the words that the reward is about. These positions get a larger
-share of the advantage. Only the abstract of STAR is public: the details are this project's own.
-Part 3 trains. Part 4 is the program around it: arguments, files and figures. Skim that one.
+Part 1 is this: Flow-GRPO (arXiv 2505.05470), with one advantage for the whole image. Part 2 is what
+STAR (arXiv 2606.17979) adds: image positions that attend to the *core words* of the prompt, the
+words that the reward is about, get a larger share of it. Only the abstract of STAR is public: the
+details are this project's own. Part 3 trains. Part 4 is the program around it: skim that one.
 
 Shapes: B images, C channels, H x W latent positions, h x w image tokens, L text tokens, T denoising
 steps of which S are stochastic and trained, N prompts with G images each. Symbols: x latents, v the
@@ -48,24 +47,13 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from rewards import (
-    PARTIAL,
-    UserError,
-    evenly_spaced,
-    make_task,
-    naming,
-    networks,
-    on_device,
-    replaced,
-    require,
-    scores,
-    write,
-)
+import rewards as tasks
+from rewards import UserError, naming, on_device, replaced, require, scores, write
 
 
 # ------------------------------------------------------------------------------- Part 1: Flow-GRPO
 def sde_step(latents, velocity, sigma, sigma_next, sigma_max, noise_level):
-    """The Gaussian over the next latents: a step of the flow as a stochastic differential equation.
+    """A step of the flow as a stochastic differential equation (Flow-GRPO, "From ODE to SDE").
 
         s    = a * sqrt(sigma / (1 - sigma))          (at sigma = 1 divided by 1 - sigma_max)
         mean = x * (1 + s^2 / (2 sigma) * dt) + v * (1 + s^2 (1 - sigma) / (2 sigma)) * dt
@@ -75,13 +63,12 @@ def sde_step(latents, velocity, sigma, sigma_next, sigma_max, noise_level):
     Why noise? A deterministic sampler has no action probabilities, so there is no likelihood to
     differentiate. Why is the mean not x + v * dt? Noise alone would spread x further than the model
     has seen in training. A drift along the score, the gradient of log p(x), contracts x by as much.
-    (x = (1 - sigma) * image + sigma * e with Gaussian e, and v estimates e - image. So
-    x + (1 - sigma) * v estimates e, and the score is minus that over sigma.) For small steps images
-    are then distributed as before; not exactly with guidance, whose v is no flow's velocity.
+    (x is (1 - sigma) * image + sigma * e with Gaussian e, and v estimates e - image. So the score,
+    -e / sigma, is known.) For small steps images are then distributed as before; not exactly with
+    guidance, whose v is no flow's velocity.
 
     latents, velocity [B, C, H, W]; noise_level is a. sigma_max, the schedule's second sigma, keeps
-    s finite at sigma = 1. Returns mean [B, C, H, W] and std, a float. (Flow-GRPO, section "From ODE
-    to SDE")
+    s finite at sigma = 1. Returns the Gaussian over the next x: mean [B, C, H, W] and std, a float.
     """
     latents, velocity = latents.float(), velocity.float()
     dt = sigma_next - sigma
@@ -132,10 +119,9 @@ class Policy:
     empty_prompt: tuple  # prompts are (context [B, L, features], pooled [B, features])
 
     def velocity(self, latents, k, prompt, recording=None):
-        """The model's v [B, C, H, W], with classifier-free guidance.
+        """v [B, C, H, W] with classifier-free guidance. `recording`: an AttentionAllocator, if any.
 
-        As in Flow-GRPO no gradient flows through the unconditional half. `recording` is a context
-        for the half with the prompt: an AttentionAllocator.
+        As in Flow-GRPO, no gradient flows through the unconditional half.
         """
         timestep = latents.new_full((len(latents),), 1000 * self.sigmas[k])  # SD3 counts to 1000
 
@@ -204,9 +190,9 @@ def group_advantages(rewards, global_std=False, limit=None):
         A[n, g] = (r[n, g] - mean over g of r[n]) / (std over g of r[n] + 1e-4)
 
     Comparing images of the same prompt cancels its difficulty, so no value network is needed
-    (Flow-GRPO, "GRPO on Flow Matching"). A group of equal rewards teaches nothing. Its advantages
-    are exactly 0; otherwise the rounding error of the mean, divided by 1e-4, would remain.
-    global_std divides by the std of all rewards instead. limit cuts off large advantages.
+    (Flow-GRPO, "GRPO on Flow Matching"). A group of equal rewards teaches nothing: its advantages
+    are exactly 0, where the rounding error of the mean, divided by 1e-4, would remain. global_std
+    divides by the std of all rewards instead. limit cuts off large advantages.
     """
     equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
     std = rewards.std(dim=None if global_std else 1, keepdim=True, unbiased=False)
@@ -252,10 +238,9 @@ def star_loss(log_prob, old_log_prob, advantages, weights, clip_range):
 def core_tokens_of(pipeline, prompts, spans, max_sequence_length):
     """Which text tokens belong to the core words of each prompt: bool [B, L].
 
-    spans: per prompt, a list of (start, end) characters. SD3's context is the CLIP tokens (its two
-    CLIP encoders share positions) followed by max_sequence_length T5 tokens. A token is core if its
-    characters overlap a span. Special and padding tokens have no characters, nor have the zeros
-    that stand for T5 where it is not loaded.
+    spans: per prompt, a list of (start, end) characters. A token is core if its characters overlap
+    a span. SD3's context is the CLIP tokens (its two CLIP encoders share positions) followed by
+    max_sequence_length T5 tokens, or zeros where T5 is not loaded.
     """
 
     def offsets(tokenizer, length):
@@ -287,19 +272,18 @@ class AttentionAllocator:
     The block itself computes the sum of attention[p, j] * value[j]. With 1 for core tokens and 0
     for others in place of the values that sum is the map. So the fused kernel computes it, and no
     [tokens, tokens] matrix is ever stored. A hook does this beside the block, whose output stays
-    the same to the last bit. Half of the blocks of SD3.5 Medium have a second attention, from image
-    to image only: it has no text keys, and is not recorded.
+    the same to the last bit. The first 13 blocks of SD3.5 Medium have a second attention, from
+    image to image only: it has no text keys, and is not recorded.
 
         with torch.no_grad(), AttentionAllocator(transformer, core_tokens) as allocator:
             transformer(...)
         allocator.map()  # [B, image tokens]
 
-    transformer is diffusers' SD3Transformer2DModel, core_tokens is bool [B, L], see
-    `core_tokens_of`. In a batch [unconditional; conditional] of twice the size, which diffusers'
-    pipelines make for guidance, the second half is recorded. `blocks` defaults to the last quarter,
-    which locates words well. `map` averages all that was recorded: use one allocator per step.
-    Raises ValueError if the transformer is given other numbers of images or text tokens. Compiled
-    blocks need torch._dynamo.config.skip_nnmodule_hook_guards = False before their first call.
+    transformer is diffusers' SD3Transformer2DModel, core_tokens is bool [B, L] (`core_tokens_of`).
+    Of a batch [unconditional; conditional], which pipelines make for guidance, the second half is
+    recorded. `blocks` defaults to the last quarter, which locates words well. `map` averages all
+    that was recorded: use one allocator per step. Raises ValueError for other numbers of images or
+    text tokens. Compiled blocks need torch._dynamo.config.skip_nnmodule_hook_guards = False.
     """
 
     def __init__(self, transformer, core_tokens, blocks=None):
@@ -405,7 +389,7 @@ def update_ema(ema, weights, decay, n):
 
         ema = d * ema + (1 - d) * weights,      d = min(decay, (1 + n) / (10 + n))
 
-    d is smaller at first, as in Flow-GRPO: otherwise the EMA would stay near the start.
+    d is smaller at first, as in Flow-GRPO: else the EMA would stay near the start.
     """
     d = min(decay, (1 + n) / (10 + n))
     for average, weight in zip(ema, weights):
@@ -423,14 +407,16 @@ class Trainer:
         home = "cpu" if args.offload else args.device  # of what is not trained
         for each in (task, *task.monitors):
             each.load(args.device)
-        for network in networks(task, *task.monitors):
+        for network in tasks.networks(task, *task.monitors):
             network.to(home)
         frozen = torch.bfloat16 if args.bfloat16 else torch.float32
         parts = dict(dtype={"transformer": torch.float32, "vae": torch.float32, "default": frozen})
         parts |= {} if args.t5 else dict(text_encoder_3=None, tokenizer_3=None)
         with naming(f"--model {args.model}", weights=True):
             self.pipe = pipe = load_pipeline(args.model, **parts)
-            check_tokenizers(pipe)
+            for each in [pipe.tokenizer, pipe.tokenizer_2, pipe.tokenizer_3][: 2 + args.t5]:
+                whole = each is not None and len(each) > 2 and each.model_max_length < 10**6
+                require(whole, f"--model {args.model} has no tokenizer, or files of it are missing")
         # explicit dtypes, for without the package accelerate the loader may keep those of the file
         pipe.vae.to(args.device, torch.float32).requires_grad_(False)
         pipe.vae.enable_slicing()  # decode one image at a time
@@ -502,7 +488,6 @@ class Trainer:
         first = torch.randint(low, high - S + 2, (1,), generator=generator).item()
         steps = range(first, first + S)
         recorded = () if args.allocation == "uniform" else steps
-
         noise = torch.randn(N if args.same_noise else N * G, *self.shape, generator=generator)
         noise = noise.repeat_interleave(N * G // len(noise), 0).to(args.device)
         inputs = [each.repeat_interleave(G, 0) for each in self.encode_prompts(prompts)]
@@ -522,7 +507,7 @@ class Trainer:
         """The reward of each image: [N, G]."""
         images = [image for batch in batches for image in decode(self.pipe, batch.latents[:, -1])]
         prompts = [prompt for prompt in prompts for _ in range(self.args.group_size)]
-        with on_device(self.args.device, *networks(self.task)):
+        with on_device(self.args.device, *tasks.networks(self.task)):
             return scores(self.task, images, prompts).view(-1, self.args.group_size)
 
     def allocation(self, batch):
@@ -532,20 +517,19 @@ class Trainer:
         return allocation_weights(batch.maps, self.shape[1:], self.args.allocation, self.args.lam)
 
     def update(self, iteration, batches, advantages):
-        """Make the actions behind the better images more likely, most of all at the core words.
+        """Make the actions behind the better images more likely. Advantages [N * G] -> metrics.
 
         The rollout kept no graph, so each step is computed again: how likely does the current
-        policy make the action that was taken? advantages are [N * G]. Returns metrics.
+        policy make the action that was taken?
         """
         args, policy, metrics = self.args, self.policy(self.args.steps), defaultdict(list)
         pairs = list(zip(batches, advantages.split(args.batch_size)))
         size = len(pairs) // args.updates_per_iteration
         for number in range(args.updates_per_iteration):
-            for batch, advantages in pairs[number * size : (number + 1) * size]:
+            for batch, A in pairs[number * size : (number + 1) * size]:
                 weights = self.allocation(batch)
                 metrics["weight_peak"].append(weights.amax((-2, -1)).mean())
-                teaches = advantages != 0  # no image is trained on its KL alone
-                for j, k in enumerate(batch.steps if teaches.any() else ()):
+                for j, k in enumerate(batch.steps if A.any() else ()):  # else there is no gradient
                     with self.autocast:
                         mean, std = policy.distribution(batch.latents[:, k], k, batch.prompt)
                     new = position_log_prob(batch.latents[:, k + 1], mean, std)
@@ -553,14 +537,12 @@ class Trainer:
                     metrics["ratio_mean"].append((new.detach() - old).exp().mean())
                     if number == 0:  # The weights are still those of the rollout. So the ratio is
                         old = new.detach()  # 1, but compiled code rounds differently there.
-                    loss, _, clipped = star_loss(
-                        new, old, advantages, weights[:, j], args.clip_range
-                    )
+                    loss, _, clipped = star_loss(new, old, A, weights[:, j], args.clip_range)
                     metrics["clip_fraction"].append(clipped.float().mean())
                     if self.reference:
                         kl = kl_to_reference(mean, batch.reference_means[j], std).mean((-2, -1))
-                        loss = loss + args.kl_weight * (kl * teaches).mean()
                         metrics["kl"].append(kl.detach().mean())
+                        loss = loss + args.kl_weight * (kl * (A != 0)).mean()  # none on KL alone
                     (loss / (size * len(batch.steps))).backward()  # per step: needs less memory
             norm = torch.nn.utils.clip_grad_norm_(self.weights, args.max_gradient_norm)
             require(norm.isfinite(), "the gradient is not finite; lower --learning-rate")
@@ -572,27 +554,23 @@ class Trainer:
                 update_ema(self.ema, self.weights, args.ema_decay, done)
         return {name: torch.stack(values).mean().item() for name, values in metrics.items()}
 
-    def generate(self, prompts, steps, recorded=()):
-        """Sample one image per prompt, deterministically, from the same noise in every call.
-
-        Yields one Rollout per batch.
-        """
-        args, policy = self.args, self.policy(steps)
-        generator = torch.Generator().manual_seed(args.seed)
-        noise = torch.randn(len(prompts), *self.shape, generator=generator).to(args.device)
-        context, pooled, core = self.encode_prompts(prompts)
+    def generate(self, prompts):
+        """One image per prompt, deterministic, from the same noise every time."""
+        policy, device = self.policy(self.args.evaluation_steps), self.args.device
+        generator, images = torch.Generator().manual_seed(self.args.seed), []
+        noise = torch.randn(len(prompts), *self.shape, generator=generator).to(device)
+        inputs = (noise, *self.encode_prompts(prompts))
         with self.with_weights(self.ema) if self.ema else nullcontext():
-            for i in torch.arange(len(prompts)).split(args.batch_size):
-                prompt = (context[i], pooled[i])
-                with self.autocast:  # closed before yield: the caller must not run under it
-                    batch = rollout(policy, noise[i], prompt, (), None, recorded, core[i])
-                yield batch
+            for x, *prompt, _ in zip(*(each.split(self.args.batch_size) for each in inputs)):
+                with self.autocast:
+                    batch = rollout(policy, x, prompt, (), None, (), None)
+                images += decode(self.pipe, batch.latents[:, -1])
+        return images
 
     def evaluate(self, prompts):
         """One image per prompt: (metrics, images, rewards)."""
-        batches, task = self.generate(prompts, self.args.evaluation_steps), self.task
-        images = [image for each in batches for image in decode(self.pipe, each.latents[:, -1])]
-        with on_device(self.args.device, *networks(task, *task.monitors)), torch.no_grad():
+        images, task = self.generate(prompts), self.task
+        with on_device(self.args.device, *tasks.networks(task, *task.monitors)), torch.no_grad():
             rewards = scores(task, images, prompts)
             report = task.report(images, prompts)
             for monitor in task.monitors:
@@ -647,7 +625,6 @@ class Trainer:
 class Arguments:
     """MINIATURE and FULL_SIZE change some of these defaults. config.json has those of a run."""
 
-    # the run
     task: str = "ocr"  # ocr, geneval, pickscore, FILE.py:CLASS or a mix: ocr:0.7,pickscore:0.3
     model: str = "tiny/sd3"  # folder or hub name of a Stable Diffusion 3 pipeline
     reward_model: str = None  # models for the reward: commas within a task, semicolons between
@@ -655,41 +632,37 @@ class Arguments:
     heldout_prompts: str = None  # the same for evaluation
     out: str = None  # output folder; runs/TASK-ALLOCATION-SEED if not given
     resume: bool = False  # continue the run in the output folder
-    seed: int = 0  # seed of prompts and noise
+    seed: int = 0  # seed of prompts and noise (0 to 4294967296)
     iterations: int = 28  # iterations of sampling and updating
     evaluate_every: int = 14  # iterations between evaluations
     evaluation_prompts: int = 96  # held-out prompts per evaluation, one image each
     monitor: str = "pickscore,signs"  # tasks whose rewards are logged, but not trained
     save_every: int = 10  # iterations between checkpoints
-    # allocation
     allocation: Literal["uniform", "spatial", "spatiotemporal"] = "spatial"  # how to allocate
-    lam: float = 1.0  # strength of the allocation, from 0 (uniform) to 1
-    # sampling
+    lam: float = 1.0  # strength of the allocation; 0 is uniform (0 to 1)
     prompts_per_iteration: int = 3  # N, prompts per iteration
-    group_size: int = 8  # G, images per prompt
+    group_size: int = 8  # G, images per prompt (2 to 1000000)
     batch_size: int = 24  # images per forward pass; must divide N * G
     height: int = None  # height and width in pixels; as the model was trained if not given
     steps: int = 10  # T, denoising steps in training
     evaluation_steps: int = 10  # denoising steps in evaluation
     stochastic_steps: int = 3  # S, consecutive steps that are stochastic and trained
     stochastic_range: str = "0-3"  # first and last step that may be stochastic
-    noise_level: float = 0.7  # a, noise of a stochastic step
+    noise_level: float = 0.7  # a, noise of a stochastic step (0.001 to 10)
     guidance_scale: float = 1.0  # classifier-free guidance, in training too; 1 is none
     same_noise: bool = True  # start all images of a group from the same noise
     t5: bool = True  # use the third and largest text encoder
     max_sequence_length: int = 20  # T5 tokens per prompt
-    # update
     updates_per_iteration: int = 1  # optimizer steps; from the second on, ratios leave 1
     optimizer: Literal["adamw", "adafactor"] = "adamw"  # adafactor needs almost no memory
-    learning_rate: float = 4e-4  # learning rate
-    weight_decay: float = 1e-4  # weight decay
-    max_gradient_norm: float = 1.0  # clip gradients to this norm
-    clip_range: float = 2e-2  # eps, how far a ratio may leave 1
-    advantage_clip: float = 5.0  # limit of advantages, to both sides
+    learning_rate: float = 4e-4  # of the optimizer (1e-12 to 1)
+    weight_decay: float = 1e-4  # of the optimizer
+    max_gradient_norm: float = 1.0  # clip gradients to this norm (1e-9 to 1e9)
+    clip_range: float = 2e-2  # eps, how far a ratio may leave 1 (1e-9 to 1)
+    advantage_clip: float = 5.0  # limit of advantages, to both sides (1e-9 to 1000000)
     global_std: bool = False  # divide advantages by the std of all rewards, not of the group
     kl_weight: float = 0.0  # beta, KL penalty towards the starting weights; 0 is none
-    ema_decay: float = 0.8  # decay of the weights' moving average; 0 is none
-    # machine
+    ema_decay: float = 0.8  # decay of the weights' moving average; 0 is none (0 to 0.999999)
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # device
     bfloat16: bool = torch.cuda.is_available()  # bfloat16; the trained weights stay float32
     gradient_checkpointing: bool = False  # recompute activations: less memory, more time
@@ -700,12 +673,7 @@ class Arguments:
 
 HELP = dict(re.findall(r"    (\w+): .* = .*  # (.*)", inspect.getsource(Arguments)))
 # fmt: off
-BOUNDS = dict(  # of other numbers: 1 or more, with a fraction 0 or more, and up to a million
-    seed=(0, 2**32), group_size=(2, 10**6), lam=(0, 1), noise_level=(1e-3, 10),
-    learning_rate=(1e-12, 1), max_gradient_norm=(1e-9, 1e9), clip_range=(1e-9, 1),
-    advantage_clip=(1e-9, 10**6), ema_decay=(0, 0.999999),
-)
-# What else the miniature needs; the defaults above are those of ocr. study/RESULTS.md has the runs.
+# For the miniature; the defaults above are those of ocr. study/RESULTS.md has the runs behind them.
 OTHER = dict(monitor="", learning_rate=2e-4, ema_decay=0.0)  # also for a task of your own
 MINIATURE = dict(
     ocr={},
@@ -715,42 +683,36 @@ MINIATURE = dict(
         same_noise=False,  # with it the strict score stops rising earlier
     ),
     pickscore=OTHER | dict(
-        prompts_per_iteration=6, batch_size=48, iterations=16, evaluate_every=8,
-        learning_rate=4e-4,
+        prompts_per_iteration=6, batch_size=48, iterations=16, evaluate_every=8, learning_rate=4e-4,
     ),
 )
-# Defaults for SD3 Medium, SD3.5 Medium and SD3.5 Large on one GPU. [F] marks Flow-GRPO's published
-# settings, the others are ours and untuned. rewards.py names the models that score real images.
+# For SD3 Medium, SD3.5 Medium and SD3.5 Large on one GPU. [F] marks Flow-GRPO's published settings,
+# the others are ours and untuned. rewards.py names the models that score real images.
 FULL_SIZE = OTHER | dict(
-    height=512, evaluation_steps=40, guidance_scale=4.5,     # [F]
-    group_size=24, same_noise=False, global_std=True,        # [F]
+    height=512, evaluation_steps=40, guidance_scale=4.5, max_sequence_length=128,     # [F]
+    group_size=24, same_noise=False, global_std=True,                                 # [F]
     stochastic_range="0-4",     # [F] fast variant: a window of 3 steps in the first half
     clip_range=6e-3,            # [F] 1e-4 for one ratio per image and step: see star_loss
     learning_rate=1e-5,         # [F] 3e-4 for LoRA; training all parameters needs far less
     ema_decay=0.99,             # [F] 0.9 after every eighth update, about the same
     kl_weight=0.04 * 0.058,     # [F] divides by s^2, we by std^2 = s^2 * -dt: mean -dt is 0.058
-    max_sequence_length=128,    # [F]
-    prompts_per_iteration=8, batch_size=8, gradient_checkpointing=True,
-    iterations=500, evaluate_every=20, save_every=20,
+    prompts_per_iteration=8, batch_size=8, gradient_checkpointing=True, iterations=500,
+    evaluate_every=20, save_every=20,
 )
+FULL_SIZE_PICKSCORE = FULL_SIZE | dict(kl_weight=0.01 * 0.058)                        # [F]
 LOW_MEMORY = dict(batch_size=1, gradient_checkpointing=True, optimizer="adafactor", offload=True)
 # fmt: on
 
 
-def full_size_defaults(task, args):
-    """FULL_SIZE, and what is fastest with the memory of the GPU, for SD3.5 Medium."""
-    defaults = FULL_SIZE | (dict(kl_weight=0.01 * 0.058) if task == "pickscore" else {})  # [F]
-    if args.device == "cuda" and torch.cuda.is_available():
-        memory = torch.cuda.get_device_properties(0).total_memory / 2**30
-        defaults |= dict(compile=True, offload=memory < 70, gradient_checkpointing=memory < 110)
-    return defaults
+def for_gpu(memory):
+    """What is fastest on a GPU with this many GiB, for the defaults and SD3.5 Medium."""
+    return dict(compile=True, offload=memory < 70, gradient_checkpointing=memory < 110)
 
 
 def parse_arguments(argv=None):
     """The arguments and the task. The defaults depend on the model and the task."""
-    usage = "python star.py --task ocr [--option value ...]"
     options = dict(epilog=Arguments.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser = argparse.ArgumentParser(usage=usage, **options)
+    parser = argparse.ArgumentParser(usage="python star.py --task ocr [--option ...]", **options)
     for each in fields(Arguments):
         options = dict(type=each.type, metavar={int: "N", float: "X"}.get(each.type, "NAME"))
         if each.type is bool:
@@ -769,12 +731,16 @@ def parse_arguments(argv=None):
         heights = range(unit, config["pos_embed_max_size"] * unit + 1, unit)
         full_size = config["sample_size"] >= 64
     name = re.split("[:,]", args.task)[0]
-    defaults = full_size_defaults(name, args) if full_size else MINIATURE.get(name, OTHER)
+    defaults = MINIATURE.get(name, OTHER)
+    if full_size:
+        defaults = FULL_SIZE_PICKSCORE if name == "pickscore" else FULL_SIZE
+    if full_size and args.device == "cuda" and torch.cuda.is_available():
+        defaults = defaults | for_gpu(torch.cuda.get_device_properties(0).total_memory / 2**30)
     parser.set_defaults(**defaults | (LOW_MEMORY if args.low_memory else {}))
     args = Arguments(**vars(parser.parse_args(argv)))
     check(args, heights)
     files = (args.prompts, args.heldout_prompts)
-    task = make_task(args.task, *files, args.reward_model, full_size, args.monitor)
+    task = tasks.make_task(args.task, *files, args.reward_model, full_size, args.monitor)
     enough = len(task.prompts) >= args.prompts_per_iteration
     require(enough, f"{len(task.prompts)} training prompts: fewer than --prompts-per-iteration")
     return args, task
@@ -783,10 +749,12 @@ def parse_arguments(argv=None):
 def check(args, heights):
     """Find mistakes in the arguments before anything heavy is loaded."""
     for name, value in asdict(args).items():
-        low, high = BOUNDS.get(name, (1 if type(value) is int else 0, 10**6))
-        good = type(value) not in (int, float) or low <= value <= high  # a bool is neither
-        option = "--" + name.replace("_", "-")
-        require(good, f"{option} is {value}; use a number from {low} to {high}")
+        if type(value) in (int, float):  # a bool is neither
+            least = 1 if type(value) is int else 0
+            low, high = re.findall(r"\((\S+) to (\S+)\)", HELP[name] + f"({least} to 1000000)")[0]
+            option = "--" + name.replace("_", "-")
+            good = float(low) <= value <= float(high)
+            require(good, f"{option} is {value}; use a number from {low} to {high}")
     cuda = args.device == "cpu" or torch.cuda.is_available()
     require(cuda, "--device is cuda, but PyTorch finds no CUDA device; use cpu")
     images = args.prompts_per_iteration * args.group_size
@@ -802,20 +770,13 @@ def check(args, heights):
     require(args.height in (None, *heights), f"--height is {args.height}; {sizes}")
 
 
-def check_tokenizers(pipe):
-    """A tokenizer whose files are missing is None, or knows two tokens and no limit."""
-    for each in [pipe.tokenizer, pipe.tokenizer_2, *[pipe.tokenizer_3] * bool(pipe.text_encoder_3)]:
-        good = each is not None and len(each) > 2 and each.model_max_length < 10**6
-        require(good, f"--model {pipe.name_or_path} has no tokenizer, or one without a token limit")
-
-
 def compile_blocks(transformer):
     """Compile the blocks if torch.compile finds what it needs, such as a C++ compiler."""
     try:
-        torch.compile(lambda x: x.exp() + 1)(torch.ones(8, device=transformer.device))
-    except Exception as error:  # PyTorch raises many kinds
-        print(f"--compile is left out: {str(error).strip().splitlines()[0]}")
-        return
+        with naming("--compile is left out"):
+            torch.compile(lambda x: x.exp() + 1)(torch.ones(8, device=transformer.device))
+    except UserError as error:
+        return print(error)
     torch._dynamo.config.skip_nnmodule_hook_guards = False  # see AttentionAllocator
     torch._dynamo.config.cache_size_limit = 64  # with and without hooks, gradients, ...
     for block in transformer.transformer_blocks:
@@ -836,22 +797,23 @@ def check_core_words(trainer):
 
 def open_folder(args):
     """The output folder, and the settings that all parts of a run share."""
-    task = re.sub(r"[^\w.]+", "-", args.task)
-    folder = Path(args.out or f"runs/{task}-{args.allocation}-{args.seed}")
-    may_change = "resume out iterations device compile offload gradient_checkpointing".split()
-    settings = {name: value for name, value in asdict(args).items() if name not in may_change}
+    name = re.sub(r"[^\w.]+", "-", f"{args.task}-{args.allocation}-{args.seed}")
+    folder = Path(args.out or f"runs/{name}")
+    settings = asdict(args)
+    for name in "resume out iterations device compile offload gradient_checkpointing".split():
+        del settings[name]  # may change
     config = folder / "config.json"
-    if config.exists() or checkpoints(folder):
-        require(args.resume, f"{folder} holds a run; --resume continues it, --out names another")
+    held = config.exists() or checkpoints(folder)
+    require(args.resume or not held, f"{folder} holds a run; --resume continues it, or use --out")
+    require(held or not args.resume, f"{folder} holds no run that --resume could continue")
+    if held:
         with naming(config):
             before = json.loads(config.read_text())
             changed = {name: before[name] for name in settings if before[name] != settings[name]}
         require(not changed, f"{folder} was run with other settings: {changed}")
-    else:
-        require(not args.resume, f"{folder} holds no run that --resume could continue")
     with naming(f"--out {folder}"):  # fails now rather than after minutes of loading
         folder.mkdir(parents=True, exist_ok=True)
-        for partial in folder.rglob(PARTIAL + "*"):  # of a run that was killed while writing
+        for partial in folder.rglob(tasks.PARTIAL + "*"):  # of a run that was killed while writing
             shutil.rmtree(partial)
         tempfile.TemporaryFile(dir=folder).close()
     return folder, settings
@@ -863,27 +825,22 @@ def checkpoints(folder):
     return sorted((path for path in paths if path.name.isdigit()), key=lambda path: int(path.name))
 
 
-def tile(image, caption, side=144):
-    """An image with a caption below it."""
-    canvas = Image.new("RGB", (side + 12, side + 84), "white")
-    smooth = Image.LANCZOS if image.width > side else Image.NEAREST
-    canvas.paste(image.resize((side, side), smooth), (6, 6))
-    text, font = textwrap.fill(caption, side // 6), ImageFont.load_default(12)
-    ImageDraw.Draw(canvas).multiline_text((6, side + 8), text, "black", font)
-    return canvas
-
-
-def draw_samples(title, images, rewards, prompts):
-    """One row of samples.png."""
-    shown = list(zip(images, rewards, prompts))[:8]
-    tiles = [tile(image, f"{title} {reward:.2f}: {prompt}") for image, reward, prompt in shown]
+def draw_samples(title, images, rewards, prompts, side=144):
+    """One row of samples.png: the first eight images with their rewards and prompts."""
+    tiles, font = [], ImageFont.load_default(12)
+    for image, reward, prompt in list(zip(images, rewards, prompts))[:8]:
+        tiles.append(Image.new("RGB", (side + 12, side + 84), "white"))
+        smooth = Image.LANCZOS if image.width > side else Image.NEAREST
+        tiles[-1].paste(image.resize((side, side), smooth), (6, 6))
+        caption = textwrap.fill(f"{title} {reward:.2f}: {prompt}", side // 6)
+        ImageDraw.Draw(tiles[-1]).multiline_text((6, side + 8), caption, "black", font)
     return make_image_grid(tiles, rows=1, cols=len(tiles))
 
 
 def train(trainer, history, folder):
     """Iterate, evaluate, draw and save until the last iteration."""
-    args, task = trainer.args, trainer.task
-    heldout = evenly_spaced(task.heldout_prompts, args.evaluation_prompts)
+    args = trainer.args
+    heldout = tasks.evenly_spaced(trainer.task.heldout_prompts, args.evaluation_prompts)
     if not history:
         metrics, images, rewards = trainer.evaluate(heldout)
         history.append({"iteration": 0, "images": 0} | metrics)
@@ -908,10 +865,9 @@ def train(trainer, history, folder):
             for older in checkpoints(folder)[:-1]:
                 shutil.rmtree(older)
     write(folder / "pipeline", trainer.save_pipeline)
-    for line in (line for line in history if "heldout_reward" in line):
+    for line in (line for line in history if "report" in line):
         report = {"held-out reward": line["heldout_reward"]} | line["report"]
-        numbers = ", ".join(f"{name} {value:.3f}" for name, value in report.items())
-        print(f"after {line['images']} images: {numbers}")
+        print(f"{line['images']} images:", *(f"{name} {x:.3f}" for name, x in report.items()))
     print(f"samples.png, metrics.jsonl and the trained pipeline are in {folder}")
 
 
@@ -936,17 +892,12 @@ def main(argv=None):
         write(folder / "config.json", Path.write_text, json.dumps(settings, indent=1))
         resumable = folder
         train(trainer, history, folder)
-    except torch.OutOfMemoryError:
-        sentence = "out of GPU memory; try --low-memory, --no-t5 or a smaller --batch-size"
-    except KeyboardInterrupt:
-        sentence = "interrupted"
-    except UserError as error:
-        sentence = str(error)
-    else:
-        return
-    saved = checkpoints(resumable)[-1:] if resumable else []
-    more = f"; --resume continues from {saved[0]}" if saved else ""
-    sys.exit(f"star.py: {sentence}{more}")
+    except (torch.OutOfMemoryError, KeyboardInterrupt, UserError) as error:
+        memory = "out of GPU memory; try --low-memory, --no-t5 or a smaller --batch-size"
+        said = {torch.OutOfMemoryError: memory, KeyboardInterrupt: "interrupted"}
+        saved = checkpoints(resumable)[-1:] if resumable else []
+        more = f"; --resume continues from {saved[0]}" if saved else ""
+        sys.exit(f"star.py: {said.get(type(error), error)}{more}")
 
 
 if __name__ == "__main__":

@@ -728,16 +728,16 @@ def tricks(args):
     """Measure the held-out reward at several guidance scales, and with more contrast."""
     options = ["--task", args.task, "--model", args.model, "--evaluation-steps", str(args.steps)]
     trainer = load_trainer(*options)
-    prompts = star.evenly_spaced(trainer.task.heldout_prompts, args.images)
+    prompts = rewards.evenly_spaced(trainer.task.heldout_prompts, args.images)
 
-    def show(name, metrics):
+    def show(name, metrics, rewards):
         error = rewards.std() / len(rewards) ** 0.5
         report = ", ".join(f"{key} {value:.2f}" for key, value in metrics["report"].items())
         print(f"{name}: {metrics['heldout_reward']:.3f} +- {error:.3f} {report}", flush=True)
 
     for scale in (1.0, 1.5, 2.0, 3.0, 4.5):
         trainer.args.guidance_scale = scale
-        show(f"guidance {scale}", trainer.evaluate(prompts)[0])
+        show(f"guidance {scale}", *trainer.evaluate(prompts)[::2])
     trainer.args.guidance_scale, decode = 1.0, star.decode
     for factor in (1.5, 2.0, 3.0):
 
@@ -745,7 +745,7 @@ def tricks(args):
             return [ImageEnhance.Contrast(image).enhance(factor) for image in decode(pipe, latents)]
 
         star.decode = brighter
-        show(f"contrast {factor}", trainer.evaluate(prompts)[0])
+        show(f"contrast {factor}", *trainer.evaluate(prompts)[::2])
     star.decode = decode
 
 
