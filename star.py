@@ -308,10 +308,8 @@ class AttentionAllocator:
         image, text = kwargs["hidden_states"], kwargs["encoder_hidden_states"]
         batch, length = self.core_tokens.shape
         if len(image) not in (batch, 2 * batch) or text.shape[1] != length:
-            raise ValueError(
-                f"core_tokens is for {batch} images and {length} text tokens, but the transformer"
-                f" was given {len(image)} and {text.shape[1]}"
-            )
+            found = f"{len(image)} images and {text.shape[1]} text tokens"
+            raise ValueError(f"core_tokens is {[batch, length]}, but there are {found}")
         image, text = image[-batch:], text[-batch:]
 
         def heads(x, norm):  # [B, tokens, features] -> [B, heads, tokens, head size]
@@ -435,7 +433,7 @@ class Trainer:
         if args.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
         if args.compile:
-            compile_blocks(self.transformer)
+            self.compile()
         kind, options = torch.optim.AdamW, dict(fused=args.device == "cuda")
         if args.optimizer == "adafactor":  # for gradients of any size; steps as long as AdamW's
             kind, options = torch.optim.Adafactor, dict(eps=(1e-18, 1.0))
@@ -447,6 +445,18 @@ class Trainer:
         self.autocast = torch.autocast(args.device, torch.bfloat16, **options)
         self.empty_prompt = encode(pipe, [""], args.max_sequence_length)
 
+    def compile(self):
+        """Compile the blocks if torch.compile finds what it needs, such as a C++ compiler."""
+        try:
+            with naming("--compile is left out"):
+                torch.compile(lambda x: x.exp() + 1)(torch.ones(8, device=self.args.device))
+        except UserError as error:
+            return print(error)
+        torch._dynamo.config.skip_nnmodule_hook_guards = False  # see AttentionAllocator
+        torch._dynamo.config.cache_size_limit = 64  # with and without hooks, gradients, ...
+        for block in self.transformer.transformer_blocks:
+            block.compile()
+
     def policy(self, steps):
         self.pipe.scheduler.set_timesteps(steps)
         sigmas, guidance = self.pipe.scheduler.sigmas.tolist(), self.args.guidance_scale
@@ -457,7 +467,7 @@ class Trainer:
         return replaced(self.weights, [value.to(self.args.device) for value in values])
 
     def encode_prompts(self, prompts):
-        """What the model is conditioned on, and its core tokens: (context, pooled, core [B, L])."""
+        """Prompts -> (context [B, L, features], pooled [B, features], core tokens [B, L])."""
         spans, length = map(self.task.core_spans, prompts), self.args.max_sequence_length
         core = core_tokens_of(self.pipe, prompts, spans, length).to(self.args.device)
         return *encode(self.pipe, prompts, length), core
@@ -704,11 +714,6 @@ LOW_MEMORY = dict(batch_size=1, gradient_checkpointing=True, optimizer="adafacto
 # fmt: on
 
 
-def for_gpu(memory):
-    """What is fastest on a GPU with this many GiB, for the defaults and SD3.5 Medium."""
-    return dict(compile=True, offload=memory < 70, gradient_checkpointing=memory < 110)
-
-
 def parse_arguments(argv=None):
     """The arguments and the task. The defaults depend on the model and the task."""
     options = dict(epilog=Arguments.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -735,7 +740,9 @@ def parse_arguments(argv=None):
     if full_size:
         defaults = FULL_SIZE_PICKSCORE if name == "pickscore" else FULL_SIZE
     if full_size and args.device == "cuda" and torch.cuda.is_available():
-        defaults = defaults | for_gpu(torch.cuda.get_device_properties(0).total_memory / 2**30)
+        memory = torch.cuda.get_device_properties(0).total_memory / 2**30  # for SD3.5 Medium:
+        fast = dict(compile=True, offload=memory < 70, gradient_checkpointing=memory < 110)
+        defaults = defaults | fast
     parser.set_defaults(**defaults | (LOW_MEMORY if args.low_memory else {}))
     args = Arguments(**vars(parser.parse_args(argv)))
     check(args, heights)
@@ -770,25 +777,11 @@ def check(args, heights):
     require(args.height in (None, *heights), f"--height is {args.height}; {sizes}")
 
 
-def compile_blocks(transformer):
-    """Compile the blocks if torch.compile finds what it needs, such as a C++ compiler."""
-    try:
-        with naming("--compile is left out"):
-            torch.compile(lambda x: x.exp() + 1)(torch.ones(8, device=transformer.device))
-    except UserError as error:
-        return print(error)
-    torch._dynamo.config.skip_nnmodule_hook_guards = False  # see AttentionAllocator
-    torch._dynamo.config.cache_size_limit = 64  # with and without hooks, gradients, ...
-    for block in transformer.transformer_blocks:
-        block.compile()
-
-
 def check_core_words(trainer):
     """Count the prompts whose core words lie beyond the token limit: the model never sees them."""
-    task, length = trainer.task, trainer.args.max_sequence_length
-    prompts = [prompt for prompt in task.prompts if task.core_spans(prompt)]
-    core = core_tokens_of(trainer.pipe, prompts, map(task.core_spans, prompts), length)
-    lost = int((~core.any(1)).sum())
+    prompts = [prompt for prompt in trainer.task.prompts if trainer.task.core_spans(prompt)]
+    spans, length = map(trainer.task.core_spans, prompts), trainer.args.max_sequence_length
+    lost = int((~core_tokens_of(trainer.pipe, prompts, spans, length).any(1)).sum())
     sentence = f"the core words of {lost} of {len(prompts)} prompts lie beyond the token limit"
     require(lost <= len(prompts) / 2, f"{sentence}; shorten them or use --allocation uniform")
     if lost:
