@@ -103,7 +103,7 @@ def kl_to_reference(mean, reference_mean, std):
 
         KL[b, p] = (mean - reference_mean)^2 / (2 std^2)          for Gaussians of equal std
 
-    It is not weighted: all positions share the parameters, so those with a small w may drift, too.
+    Not weighted: all positions share the parameters, so those with a small w may drift, too.
     """
     return ((mean - reference_mean) ** 2 / (2 * std**2)).mean(1)
 
@@ -213,14 +213,13 @@ def star_loss(log_prob, old_log_prob, advantages, weights, clip_range):
     default a rollout serves one update, so every ratio is 1, clipping never acts, and this is
     REINFORCE with a group baseline. With w = 1 its gradient is Flow-GRPO's.
 
-    Flow-GRPO has one ratio per image and step. But with weights (part 2) some positions move
-    further than others, so each has its own ratio, which stops it when it has moved enough. The
-    mean of our log-ratios over H * W positions is Flow-GRPO's, which spreads about sqrt(H * W)
-    times less. So our clip range is wider by that: 1e-4 * sqrt(64 * 64) is about 6e-3.
+    Flow-GRPO has one ratio per image and step. With weights (part 2) some positions move further
+    than others, so each has its own ratio, which stops it when it has moved enough. Flow-GRPO's
+    log-ratio, the mean of ours over H * W positions, spreads about sqrt(H * W) times less. So our
+    clip range is wider by that: 1e-4 * sqrt(64 * 64) is about 6e-3.
 
-    log_prob, old_log_prob, weights [B, S, H, W] or any shape that begins with B; advantages [B].
-    Returns the loss, the ratios, and where the minimum is the clipped term. Raises ValueError for
-    shapes that would broadcast to a wrong loss.
+    log_prob, old_log_prob, weights [B, S, H, W] or any shape [B, ...]; advantages [B]. Returns the
+    loss, the ratios, and where the minimum is the clipped term. Raises ValueError for other shapes.
     """
     if not log_prob.shape == old_log_prob.shape == weights.shape:
         raise ValueError("log_prob, old_log_prob and weights must have equal shapes")
@@ -337,6 +336,7 @@ def allocation_weights(maps, size, allocation="spatial", lam=1.0):
 
     "Temporal" means that the trained steps, which are neighbours, share a mean: a step that attends
     more to the core words gets more. Mean 1 redistributes the advantage without increasing it.
+    Where nothing attends to core words (a prompt may have none), w = 1.
 
     Unequal weights bias the gradient: the unbiased one uses the same A everywhere. The bet is that
     positions which barely affect the reward add more noise than signal. Which lam? Start with 1
@@ -344,9 +344,7 @@ def allocation_weights(maps, size, allocation="spatial", lam=1.0):
     the image counts, too. 0 is Flow-GRPO, for a reward about the whole image. Does allocation fit
     your reward? `weight_peak` in the metrics is the mean of each map's largest weight: near 1 the
     maps say nothing. Where it is larger, `python study/allocations.py maps` shows where they look.
-
-    Where nothing attends to core words (a prompt may have none), w = 1. No gradient flows through
-    the weights. For video: maps [B, S, f, h, w] and size (frames, H, W).
+    For video: maps [B, S, f, h, w] and size (frames, H, W).
     """
     # all latents of a 2 x 2 patch get their token's value
     maps = F.interpolate(maps.float(), size=size, mode="nearest")
@@ -632,9 +630,7 @@ class Trainer:
 
 # ----------------------------------------------------------- Part 4: the program (skim this one)
 @dataclass
-class Arguments:
-    """MINIATURE and FULL_SIZE change some of these defaults. config.json has those of a run."""
-
+class Arguments:  # the defaults are those of `python star.py`; MINIATURE and FULL_SIZE change some
     task: str = "ocr"  # ocr, geneval, pickscore, FILE.py:CLASS or a mix: ocr:0.7,pickscore:0.3
     model: str = "tiny/sd3"  # folder or hub name of a Stable Diffusion 3 pipeline
     reward_model: str = None  # models for the reward: commas within a task, semicolons between
@@ -683,7 +679,7 @@ class Arguments:
 
 HELP = dict(re.findall(r"    (\w+): .* = .*  # (.*)", inspect.getsource(Arguments)))
 # fmt: off
-# For the miniature; the defaults above are those of ocr. study/RESULTS.md has the runs behind them.
+# For the miniature; study/RESULTS.md has the runs behind them.
 OTHER = dict(monitor="", learning_rate=2e-4, ema_decay=0.0)  # also for a task of your own
 MINIATURE = dict(
     ocr={},
@@ -716,10 +712,14 @@ LOW_MEMORY = dict(batch_size=1, gradient_checkpointing=True, optimizer="adafacto
 
 def parse_arguments(argv=None):
     """The arguments and the task. The defaults depend on the model and the task."""
-    options = dict(epilog=Arguments.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser = argparse.ArgumentParser(usage="python star.py --task ocr [--option ...]", **options)
+    usage, style = (
+        "python star.py --task ocr [--option ...]",
+        argparse.ArgumentDefaultsHelpFormatter,
+    )
+    other = "MINIATURE and FULL_SIZE in star.py change some of these defaults for a task or a model."
+    parser = argparse.ArgumentParser(usage=usage, formatter_class=style, epilog=other)
     for each in fields(Arguments):
-        options = dict(type=each.type, metavar={int: "N", float: "X"}.get(each.type, "NAME"))
+        options = dict(type=each.type)
         if each.type is bool:
             options = dict(action=argparse.BooleanOptionalAction)
         elif get_origin(each.type) is Literal:
