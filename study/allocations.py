@@ -197,7 +197,7 @@ def make_run(folder, kind, seed, options):
 
 
 def train(kinds=KINDS, rates=RATES, seeds=TUNING_SEEDS, evaluate_every=4, folder=RUNS, more=()):
-    """Train each of --kinds at each of --rates with each of --seeds, one thread a run.
+    """Train each of --kinds at each of --rates with each of --seeds, one run per core.
 
     star.py has all kinds but shuffled, the maps' values in random places, and oracle, the true
     region of each finished image. Runs are FOLDER/RATE/TASK-KIND-SEED; finished ones are kept.
@@ -212,9 +212,7 @@ def train(kinds=KINDS, rates=RATES, seeds=TUNING_SEEDS, evaluate_every=4, folder
         jobs.append((run, kind, seed, run_options(kind, more, **fixed)))
         made[kind, rate].append(run)
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        multiprocessing.cpu_count(), spawn, torch.set_num_threads, (1,)
-    ) as pool:
+    with ProcessPoolExecutor(None, spawn, torch.set_num_threads, (1,)) as pool:  # one per core
         list(tqdm(pool.map(make_run, *zip(*jobs)), "runs", len(jobs)))
     return made
 
@@ -624,8 +622,8 @@ def main(argv=None):
             if default is parameter.empty:
                 command.add_argument(name, nargs="+" if name == "runs" else None)
             elif name != "more":
-                kind = str if default is None else type(default)
-                command.add_argument(option, type=kind, default=default, help="%(default)s")
+                kind, shown = str if default is None else type(default), "default: %(default)s"
+                command.add_argument(option, type=kind, default=default, help=shown)
     args, more = parser.parse_known_args(argv)
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
