@@ -47,9 +47,10 @@ from rewards import OCR, Detection, GenEval, UserError, make_task, quoted_span, 
 from star import AttentionAllocator, allocation_weights, position_log_prob, sde_step, star_loss
 
 sys.path.insert(0, str(Path(__file__).parent / "tiny"))
+sys.path.insert(0, str(Path(__file__).parent / "study"))
+import allocations
 import build  # the world that the miniatures were trained on
 import measure
-import study
 
 os.chdir(Path(__file__).parent)  # names such as tiny/sd3 start here
 PROMPTS = ['a blue wall with a white sign "K7Q" and a red ball', 'a green wall, a pink sign "2FX"']
@@ -1145,7 +1146,7 @@ def test_signs_are_counted_by_their_colours(judges, count):
 
 
 def test_monitors_are_logged_and_not_trained():
-    trainer = trainer_of("--task pickscore --monitor signs,tiny/study.py:Brightness")
+    trainer = trainer_of("--task pickscore --monitor signs,study/allocations.py:Brightness")
     prompts = trainer.task.heldout_prompts[:4]
     metrics, images, values = trainer.evaluate(prompts)
     signs, brightness = (scores(task, images, prompts) for task in trainer.task.monitors)
@@ -1358,38 +1359,36 @@ def test_the_pipeline_call_in_the_readme(pipe):
 
 def test_area_under_roc_and_images_to_reach_by_hand():
     values, truth = torch.tensor([0.9, 0.2, 0.2, 0.1]), torch.tensor([1, 1, 0, 0]).bool()
-    assert study.area_under_roc(values, truth) == (1 + 1 + 0.5 + 1) / 4
+    assert allocations.area_under_roc(values, truth) == (1 + 1 + 0.5 + 1) / 4
     names, points = ("images", "heldout_reward"), [(0, 0.5), (100,), (200, 0.7), (400, 0.6)]
     lines = [dict(zip(names, point)) for point in points]
     for goal, images in {0.6: 100, 0.5: 0, 0.7: 200, 0.71: math.inf}.items():
-        assert study.images_to_reach(lines, goal) == pytest.approx(images)
+        assert allocations.images_to_reach(lines, goal) == pytest.approx(images)
 
 
 def test_statistics_of_a_comparison_by_hand():
     points = [(0, 0.0), (10, 1.0), (30, 1.0), (40, 0.5)]
     lines = [dict(images=images, heldout_reward=reward) for images, reward in points]
-    assert study.area(lines) == pytest.approx((5 + 20 + 7.5) / 40)
-    assert study.sign_test([1] * 10) == pytest.approx(2 / 2**10)
-    assert study.sign_test([1] * 4 + [-1]) == pytest.approx(2 * (5 + 1) / 2**5)
-    assert study.sign_test([1, 0, 0, -1]) == 1
-    assert study.interval([0.3] * 7) == (0.3, 0.3)
+    assert allocations.area(lines) == pytest.approx((5 + 20 + 7.5) / 40)
+    assert allocations.sign_test([1] * 10) == pytest.approx(2 / 2**10)
+    assert allocations.sign_test([1] * 4 + [-1]) == pytest.approx(2 * (5 + 1) / 2**5)
+    assert allocations.sign_test([1, 0, 0, -1]) == 1
+    assert allocations.interval([0.3] * 7) == (0.3, 0.3)
     # the median of nine draws is one of the two least of nine values with probability 3.0%, which
     # is P(Binomial(9, 2/9) >= 5), and the least with 0.1%
-    assert study.interval([*range(1, 10)]) == (2, 8)
+    assert allocations.interval([*range(1, 10)]) == (2, 8)
     values = [4.0, 1, math.inf, 2.5, 7, 3.25]
     draws = sorted(map(statistics.median, itertools.product(values, repeat=6)))
-    assert study.interval(values) == (draws[1166], draws[45489])  # 2.5% and 97.5% of 6**6
+    assert allocations.interval(values) == (draws[1166], draws[45489])  # 2.5% and 97.5% of 6**6
 
 
 def test_gradient_measures_of_known_gradients():
-    """Signals at 60 degrees to each other, with noise of deviation 0.1 in 2,000 dimensions."""
-    noise = 0.1 * torch.randn(2, 200, 2000)
-    noise[0, :, 0] += 2
-    noise[1, :, :2] += 3 * torch.tensor([0.5, 0.75**0.5])
-    ours, uniform = noise
-    measures = study.gradient_measures(ours @ ours.T, ours @ uniform.T, uniform @ uniform.T)
-    square = 2**2 + (variance := 2000 * 0.1**2)  # of an estimate's length
-    assert measures == pytest.approx((variance, 4 / square, 1 / square**0.5), rel=0.03)
+    """A signal of length 2, with noise of deviation 0.1 in 2,000 dimensions."""
+    estimates = 0.1 * torch.randn(200, 2000)
+    estimates[:, 0] += 2
+    variance = 2000 * 0.1**2
+    measures = allocations.gradient_measures(estimates @ estimates.T)
+    assert measures == pytest.approx((variance, 4 / (4 + variance)), rel=0.03)
 
 
 FAULTS = """
@@ -1418,7 +1417,7 @@ def test_faults_of(prompt, read, signs, shown, expected):
             letter
         ]
         found[name].append(Detection(1.0, (left, 0, left + 10, 10), colour))
-    faults = study.faults_of(
+    faults = allocations.faults_of(
         prompt, read, int(signs), found, lambda ones, _: [o.mask for o in ones]
     )
     assert ", ".join(faults) == expected
@@ -1429,7 +1428,7 @@ def test_true_region_is_the_place_of_the_sign():
     for shot in world(40, sign_share=1.0)[0]:
         truth, (x, y) = torch.zeros(8, 8).bool(), shot["place"]
         truth[y // 4 : y // 4 + 2, x // 4 : x // 4 + 3] = True
-        hits += torch.equal(study.true_region(OCR(), shot["image"]), truth)
+        hits += torch.equal(allocations.true_region(OCR(), shot["image"]), truth)
     assert hits >= 36
 
 
@@ -1494,7 +1493,7 @@ def test_what_allocation_adds_to_an_iteration(monkeypatch):
 def test_shuffled_maps_have_the_same_values_in_other_places():
     maps = torch.arange(64.0).expand(6, 64).reshape(3, 2, 8, 8)
     samples = star.Rollout(None, None, None, None, maps)
-    changed = study.changed_maps("shuffled", None, None, samples).reshape(6, 64)
+    changed = allocations.changed_maps("shuffled", None, None, samples).reshape(6, 64)
     assert torch.equal(changed.sort().values, maps.view(6, 64))
     assert len(changed.unique(dim=0)) == 6  # each map has its own order
 
@@ -1503,11 +1502,11 @@ def test_words_of_a_prompt_by_their_kind():
     prompt = "a red wall with two boxes left of a red ball"
     ball = {"class": "ball", "count": 1, "color": "red"}
     boxes = {"class": "box", "count": 2, "position": ["left of", 0]}
-    found = study.words_by_kind(prompt, [ball, boxes])
+    found = allocations.words_by_kind(prompt, [ball, boxes])
     assert found == {
         "object": ([(40, 44)], {"ball"}),
         "colour": ([(36, 39)], {"ball"}),  # not that of the wall
         "relation": ([(26, 33)], {"ball", "box"}),
     }
-    found = study.words_by_kind("two boxes", [{"class": "box", "count": 2}])
+    found = allocations.words_by_kind("two boxes", [{"class": "box", "count": 2}])
     assert found == {"object": ([(4, 9)], {"box"}), "number": ([(0, 3)], {"box"})}

@@ -1,0 +1,675 @@
+"""Which allocation learns faster? Experiments on the miniature; study/RESULTS.md reports them.
+
+    python study/allocations.py maps 'a white wall with a red ball' --words 'red ball'
+
+shows where a Stable Diffusion 3 model looks for words of your own prompt. The other commands make
+the tables and figures of study/RESULTS.md; COMMAND --help describes one. Options that it does not
+list go to star.py, such as --task geneval or --model stabilityai/stable-diffusion-3.5-medium.
+"""
+
+import argparse
+import inspect
+import itertools
+import json
+import math
+import multiprocessing
+import random
+import re
+import shutil
+import statistics
+import sys
+from collections import Counter, defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from diffusers.utils import make_image_grid
+from PIL import Image, ImageDraw, ImageFont, ImageStat
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tiny"))
+import build
+
+import rewards
+import star
+from rewards import OCR, GenEval, Task, UserError, naming, require, scores
+
+NAMES = {"uniform": "Flow-GRPO", "spatial": "STAR"}  # the other kinds have no other name
+KINDS, RATES = "uniform,spatial,spatiotemporal,lam0.5,shuffled,oracle", "2e-4,4e-4,8e-4,1.6e-3"
+TUNING_SEEDS, FRESH_SEEDS = "100,101,102,103", "10,11,12,13,14,15,16,17,18,19"
+RUNS = Path("runs/sweep")
+COLOURS = "#1f77b4 #d62728 #2ca02c #9467bd #ff7f0e #17becf".split()
+
+
+def load_trainer(more):
+    """star.Trainer on the CPU in float32 with these options of star.py."""
+    return star.Trainer(*star.parse_arguments(["--device=cpu", "--no-bfloat16", *more]))
+
+
+def draw_lines(path, lines, across, up):
+    """Draw {name: {x: values}}: the mean at each x, and a band from min to max."""
+    values = [value for points in lines.values() for at_x in points.values() for value in at_x]
+    unit = 10 ** math.floor(math.log10(max(values) - min(values) + 1e-3)) / 2
+    low, high = math.floor(min(values) / unit), math.floor(max(values) / unit) + 1
+    xs = sorted({x for points in lines.values() for x in points})
+    image = Image.new("RGB", (1800, 980), "white")  # twice the final size, which smooths the lines
+    draw, font = ImageDraw.Draw(image, "RGBA"), ImageFont.load_default(36)
+
+    def place(x, y):
+        right, down = (x - xs[0]) / (xs[-1] - xs[0] or 1), (high - y / unit) / (high - low)
+        return 140 + 1180 * right, 70 + 790 * down
+
+    def track(points, choose):
+        return [place(x, choose(points[x])) for x in sorted(points)]
+
+    draw.text((140, 8), up, "black", font)
+    draw.text((730, 926), across, "black", font, anchor="mt")
+    for y in (unit * n for n in range(low, high + 1, math.ceil((high - low) / 8))):
+        draw.line([place(xs[0], y), place(xs[-1], y)], "#dddddd", 2)
+        draw.text((120, place(0, y)[1]), f"{y:.6g}", "black", font, anchor="rm")
+    for x in xs[:: math.ceil(len(xs) / 11)]:
+        draw.text((place(x, 0)[0], 876), f"{x}", "black", font, anchor="mt")
+    for points, colour in zip(lines.values(), itertools.cycle(COLOURS)):
+        draw.polygon(track(points, min) + track(points, max)[::-1], colour + "28")
+    for row, (name, colour) in enumerate(zip(lines, itertools.cycle(COLOURS))):
+        draw.line(track(lines[name], statistics.mean), colour, 6, joint="curve")
+        draw.text((1350, 60 + 48 * row), NAMES.get(name, name), colour, font)
+    rewards.write(path, image.reduce(2).save)
+
+
+def draw_row(title, tiles, side=150):
+    """[(image, caption)] beside each other below a title."""
+    row = Image.new("RGB", (len(tiles) * (side + 6), side + 54), "white")
+    draw, font = ImageDraw.Draw(row), ImageFont.load_default(14)
+    draw.text((3, 2), title, "black", font)
+    for i, (image, caption) in enumerate(tiles):
+        smooth = Image.LANCZOS if image.width > side else Image.NEAREST
+        row.paste(image.resize((side, side), smooth), (3 + i * (side + 6), 24))
+        draw.text((3 + i * (side + 6), side + 27), caption, "black", font)
+    return row
+
+
+def overlay(image, strength, colour):
+    """The image in grey below a colour that is as strong as `strength` [h, w] in [0, 1]."""
+    mask = Image.fromarray((200 * strength).byte().cpu().numpy())
+    grey, colour = image.convert("L").convert("RGB"), Image.new("RGB", image.size, colour)
+    return Image.composite(colour, grey, mask.resize(image.size, Image.NEAREST))
+
+
+def watch(trainer, prompts):
+    """A deterministic rollout of one image per prompt, with the map of each step."""
+    generator, steps = torch.Generator().manual_seed(trainer.args.seed), range(trainer.args.steps)
+    noise = torch.randn(len(prompts), *trainer.shape, generator=generator).to(trainer.args.device)
+    *prompt, core = trainer.encode_prompts(prompts)
+    with trainer.autocast:
+        return star.rollout(trainer.policy(len(steps)), noise, prompt, (), None, steps, core)
+
+
+def maps(prompts, words=None, save=Path("maps.png"), more=()):
+    """Show where a model looks for --words of your prompts, in one image.
+
+    One column for each of five denoising steps shows the image that the model predicts there, in
+    grey, and how much each position attends to the words, in red: full red is the largest value of
+    the step. Without --words the words are the quoted text or, if there is none, all but function
+    words. --model may be any folder or hub name of the Stable Diffusion 3 family.
+    """
+    spans = {
+        each: rewards.quoted_span(each) or rewards.content_word_spans(each) for each in prompts
+    }
+    for prompt in prompts if words else ():
+        whole_words = rf"(?<!\w){re.escape(words)}(?!\w)"
+        spans[prompt] = [m.span() for m in re.finditer(whole_words, prompt, re.IGNORECASE)]
+        require(spans[prompt], f"the prompt has no words {words}: {prompt}")
+    # any --steps, and no copies of the weights
+    options = ["--stochastic-range=0-0", "--stochastic-steps=1", "--kl-weight=0", "--ema-decay=0"]
+    task, rows = Task(), []
+    task.core_spans = spans.get
+    trainer = star.Trainer(star.parse_arguments([*options, *more])[0], task)
+    samples, sigmas = watch(trainer, prompts), trainer.policy(trainer.args.steps).sigmas
+    for prompt, x, each in zip(prompts, samples.latents, samples.maps):
+        require(each.any(), f"the words lie beyond the token limit; shorten the prompt {prompt}")
+        tiles = []
+        for k in rewards.evenly_spaced(range(len(each)), 5):
+            velocity = (x[k + 1] - x[k]) / (sigmas[k + 1] - sigmas[k])
+            (image,) = star.decode(trainer.pipe, (x[k] - sigmas[k] * velocity)[None])
+            shown = overlay(image, each[k] / each[k].max(), "#e61e1e")
+            tiles.append((shown, f"step {k}, sigma {sigmas[k]:.2f}"))
+        tiles.append((*star.decode(trainer.pipe, x[-1:]), "finished"))
+        rows.append(draw_row(prompt, tiles))
+    rewards.write(save, make_image_grid(rows, rows=len(rows), cols=1).save)
+    print(f"{save} shows the attention to {words or 'the quoted text or the content words'}")
+
+
+# ----------------------------------------------------------------------------- Kinds of allocation
+class Brightness(Task):
+    """A reward about the whole image: `--task study/allocations.py:Brightness`."""
+
+    def reward(self, images, prompts):
+        return [sum(ImageStat.Stat(image).mean) / 3 / 255 for image in images]
+
+
+def tokens_of(masks):
+    """The image tokens [8, 8] of which masks [32, 32] together cover a quarter or more."""
+    together = sum(masks, torch.zeros(build.SIZE, build.SIZE)) > 0
+    return torch.nn.functional.avg_pool2d(together[None].float(), build.GRID)[0] >= 0.25
+
+
+def true_region(task, image):
+    """Which tokens show what the reward is about, judged by the image alone: bool [8, 8].
+
+    GenEval: the masks of the detected objects. OCR: the places that look like a sign. There most
+    pixels are shades of one colour of signs, many of them light, and the wall has another colour.
+    """
+    if isinstance(task, GenEval):
+        (found,) = task.detect([image])
+        return tokens_of([one.mask for objects in found.values() for one in objects])
+    pixels = (build.to_tensor([image])[0] / 2 + 0.5) * 255
+    wall = pixels.flatten(1).median(1).values
+    region, (width, height) = torch.zeros(8, 8, dtype=torch.bool), build.SIGN
+    for (x, y), name in itertools.product(build.PLACES, build.SIGN_COLOURS):
+        colour = torch.tensor(build.COLOURS[name]).float()
+        inside = pixels[:, y : y + height, x : x + width].flatten(1)
+        shade = (colour @ inside / (colour @ colour)).clamp(0, 1)  # 0 is black
+        near = (inside - shade * colour[:, None]).norm(dim=0) < 45
+        light, other = near & (shade > 0.6), (colour - wall).norm() > 60
+        if other and near.float().mean() > 0.75 and light.float().mean() > 0.4:
+            region[y // 4 : (y + height) // 4, x // 4 : (x + width) // 4] = True
+    return region
+
+
+def changed_maps(kind, task, pipe, samples):
+    """The maps [B, S, 8, 8] of a kind of allocation, see `train`, from those of the samples."""
+    if kind == "uniform":
+        return torch.ones_like(samples.log_prob)
+    if kind == "shuffled":
+        values = samples.maps.flatten(2)
+        order = torch.rand(values.shape).argsort(-1).to(values.device)
+        return values.gather(-1, order).view_as(samples.maps)
+    if kind == "oracle":
+        images = star.decode(pipe, samples.latents[:, -1])
+        regions = torch.stack([true_region(task, image) for image in images])
+        return regions.to(samples.maps)[:, None].expand_as(samples.maps)
+    return samples.maps
+
+
+class KindTrainer(star.Trainer):
+    """star.py's trainer with a kind of allocation from this file."""
+
+    def allocation(self, samples):
+        maps = changed_maps(self.kind, self.task, self.pipe, samples)
+        return super().allocation(replace(samples, maps=maps))
+
+
+def run_options(kind, more, **fixed):
+    """Options of star.py for a run: the kind's, `fixed` and `more`, which must not contradict."""
+    require(kind in KINDS.split(","), f"kind {kind} is not one of {KINDS}")
+    fixed["allocation"] = kind if kind in ("uniform", "spatiotemporal") else "spatial"
+    fixed["lam"] = 0.5 if kind == "lam0.5" else 1.0
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in fixed.items()]
+    settings, task = star.parse_arguments([*options, *more])
+    wrong = [name for name, value in fixed.items() if getattr(settings, name) != value]
+    require(not wrong, f"the options must not set {', '.join(wrong)} of a run of {kind}")
+    located = kind != "oracle" or isinstance(task, OCR | GenEval)
+    require(located, f"oracle is for --task ocr or geneval, not for {settings.task}")
+    return [*options, *more]
+
+
+def make_run(folder, kind, seed, options):
+    """Make a run, or continue one that was interrupted. What it prints goes to FOLDER.log."""
+    if (folder / "done").exists():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    options = options + ["--resume"] * (folder / "config.json").exists()
+    torch.manual_seed(seed)  # of the shuffled maps
+    KindTrainer.kind, star.Trainer = kind, KindTrainer
+    with open(f"{folder}.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
+        star.main(options)
+    for large in ("checkpoint", "pipeline"):  # hundreds of runs would fill the disk
+        shutil.rmtree(folder / large)
+    (folder / "done").touch()
+
+
+def train(kinds=KINDS, rates=RATES, seeds=TUNING_SEEDS, evaluate_every=4, folder=RUNS, more=()):
+    """Train each of --kinds at each of --rates with each of --seeds, one run per core.
+
+    star.py has all kinds but shuffled, the maps' values in random places, and oracle, the true
+    region of each finished image. Runs are FOLDER/RATE/TASK-KIND-SEED; finished ones are kept.
+    """
+    with naming(f"--rates {rates} or --seeds {seeds}"):
+        rates, seeds = [*map(float, rates.split(","))], [*map(int, seeds.split(","))]
+    task, made, jobs = star.parse_arguments(more)[0].task, defaultdict(list), []
+    task = re.sub(r"[^\w.]+", "-", task.rpartition(".py:")[2].lower())
+    for kind, rate, seed in itertools.product(kinds.split(","), rates, seeds):
+        run = folder / f"{rate:g}" / f"{task}-{kind}-{seed}"
+        fixed = dict(out=f"{run}", seed=seed, learning_rate=rate, evaluate_every=evaluate_every)
+        jobs.append((run, kind, seed, run_options(kind, more, **fixed)))
+        made[kind, rate].append(run)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(None, spawn, torch.set_num_threads, (1,)) as pool:  # one per core
+        list(tqdm(pool.map(make_run, *zip(*jobs)), "runs", len(jobs)))
+    return made
+
+
+def sweep(kinds=KINDS, rates=RATES, evaluate_every=1, folder=RUNS, goal=0.8, more=()):
+    """Compare kinds of allocation, each at its own best learning rate.
+
+    `train` runs each of --kinds at each of --rates with the seeds 100 to 103, and then, at the rate
+    with the highest mean reward over the run, with the fresh seeds 10 to 19. `compare` these.
+    """
+    require("uniform" in kinds.split(","), "--kinds needs uniform, to compare the others with it")
+    tuned, final = train(kinds, rates, TUNING_SEEDS, 4, folder, more), []
+    for kind in kinds.split(","):
+        runs = {rate: runs for (of, rate), runs in tuned.items() if of == kind}
+        areas = {rate: [area(evaluations(run)) for run in runs[rate]] for rate in runs}
+        cells = [f"{rate:g}: {spread(each, '.3f')}" for rate, each in areas.items()]
+        print(f"{NAMES.get(kind, kind)}, mean reward over the run at {', '.join(cells)}")
+        best = max(areas, key=lambda rate, areas=areas: statistics.mean(areas[rate]))
+        final += train(kind, f"{best}", FRESH_SEEDS, evaluate_every, folder, more)[kind, best]
+    compare(final, goal)
+
+
+# ----------------------------------------------------------------------------------- Comparing runs
+def evaluations(folder, report=None):
+    """The lines of a run's metrics.jsonl that have a held-out reward, or `report` in its place."""
+    with naming(f"run {folder}" + f", --report {report}" * bool(report)):
+        lines = map(json.loads, Path(folder, "metrics.jsonl").read_text().splitlines())
+        lines = [line for line in lines if "heldout_reward" in line]
+        for line in lines if report else ():
+            line["heldout_reward"] = line["report"][report]
+        return lines
+
+
+def images_to_reach(lines, goal):
+    """Images seen when the held-out reward first reaches `goal`, interpolated; inf if never."""
+    points = [(x["images"], x["heldout_reward"]) for x in lines if "heldout_reward" in x]
+    if points[0][1] >= goal:
+        return points[0][0]
+    for (images, reward), (next_images, next_reward) in itertools.pairwise(points):
+        if next_reward >= goal:  # and reward < goal
+            return images + (next_images - images) * (goal - reward) / (next_reward - reward)
+    return math.inf
+
+
+def area(lines):
+    """The mean held-out reward over the images of a run, linear between evaluations."""
+    points = [(line["images"], line["heldout_reward"]) for line in lines]
+    pieces = ((d - b) * (a + c) / 2 for (b, a), (d, c) in itertools.pairwise(points))
+    return sum(pieces) / (points[-1][0] - points[0][0])
+
+
+def spread(values, form):
+    """The median of some values and, in brackets, their min and max."""
+    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def interval(values):
+    """A 95 % interval of the median by bootstrap over seeds, exact: from all n**n draws."""
+    values, n = sorted(values), len(values)
+    half, odd = divmod(n, 2)
+
+    def draws_below(i):  # whose first middle value is among the i smallest: a binomial tail
+        tail = range(half + odd, n + 1)
+        return sum(math.comb(n, k) * i**k * (n - i) ** (n - k) for k in tail)
+
+    # draws[i, j] counts those whose two middle values, of which the median is the mean, are i and j
+    draws = {(i, i): draws_below(i + 1) - draws_below(i) for i in range(n)}
+    for i, j in itertools.combinations(range(n), 2) if not odd else ():
+        # half of a draw is value i or before, with i among them, and half is j or after, with j
+        lower, upper = (i + 1) ** half - i**half, (n - j) ** half - (n - j - 1) ** half
+        draws[i, j] = math.comb(n, half) * lower * upper
+        draws[i, i] -= draws[i, j]
+    medians = sorted(((values[i] + values[j]) / 2, count) for (i, j), count in draws.items())
+    up_to = list(itertools.accumulate(count for _, count in medians))
+    return tuple(medians[sum(each < share * n**n for each in up_to)][0] for share in (0.025, 0.975))
+
+
+def sign_test(differences):
+    """Probability that so many of the differences, or more, have the same sign by chance."""
+    differences = [each for each in differences if each != 0]
+    count, ahead = len(differences), sum(each > 0 for each in differences)
+    tail = sum(math.comb(count, k) for k in range(max(ahead, count - ahead), count + 1))
+    return min(1.0, 2 * tail / 2**count)
+
+
+def read_runs(folders, report=None):
+    """{kind: {seed: evaluations}} of runs TASK-KIND-SEED that can be compared, `uniform` first."""
+    runs, schedules = {"uniform": {}}, set()
+    for folder in folders:
+        with naming(f"the name of the run {folder} must be TASK-KIND-SEED"):
+            task, kind, seed = Path(folder).resolve().name.rsplit("-", 2)
+            seeds, seed = runs.setdefault(kind, {}), int(seed)
+        require(seed not in seeds, f"two runs are of {kind} with seed {seed}")
+        seeds[seed] = evaluations(folder, report)
+        schedules.add((task, *(line["images"] for line in seeds[seed])))
+    good = len(schedules) == 1 and runs["uniform"]
+    require(good, "need runs of one task with the same evaluations, some of them uniform")
+    return runs
+
+
+def compare(runs, goal=0.8, report=None):
+    """Compare kinds of allocation with Flow-GRPO (uniform) seed by seed, in a Markdown table.
+
+    The runs must differ in nothing but kind, learning rate and seed. In round brackets are min and
+    max of the seeds, in square ones a bootstrap 95 % interval of the median; p is of a sign test.
+    --goal is a reward to reach. --report takes another number of the metrics: 'strict GenEval'.
+    """
+    runs, reward = read_runs(runs, report), "heldout_reward"
+    base = runs["uniform"]
+    print(f"before training: {spread([lines[0][reward] for lines in base.values()], '.3f')}")
+    columns = f"allocation | {report or 'reward'} at the end | higher on | mean over the run | gain"
+    columns += f" | better on | p | images to {goal:g} | ratio | sooner on"
+    print(f"| {columns} |\n{'| --- ' * 10}|")
+    for kind, seeds in runs.items():
+        rows = []
+        for seed in sorted(seeds.keys() & base.keys()):
+            ours, theirs = seeds[seed], base[seed]
+            reach, base_reach = images_to_reach(ours, goal), images_to_reach(theirs, goal)
+            ratio = 1.0 if reach == base_reach else reach / max(base_reach, 1)
+            gain = round(area(ours) - area(theirs), 9)  # equal but for rounding is equal
+            end, base_end = ours[-1][reward], theirs[-1][reward]
+            rows.append((end, end > base_end, area(ours), gain, gain > 0, reach, ratio, ratio < 1))
+        require(rows, f"no run of {kind} has the seed of a run of uniform")
+        ends, higher, areas, gains, better, reaches, ratios, sooner = zip(*rows)
+        gain = "{:+.3f} [{:+.3f}, {:+.3f}]".format(statistics.median(gains), *interval(gains))
+        ratio = "{:.2f} [{:.2f}, {:.2f}]".format(statistics.median(ratios), *interval(ratios))
+        row, of = f"| {NAMES.get(kind, kind)} | {spread(ends, '.3f')}", f"of {len(rows)}"
+        row += f" | {sum(higher)} {of} | {spread(areas, '.3f')} | {gain} | {sum(better)} {of}"
+        row += f" | {sign_test(gains):.2g} | {spread(reaches, '.0f')} | {ratio}"
+        print(f"{row} | {sum(sooner)} {of} |")
+
+
+def curves(runs, save=Path("curves.png")):
+    """Draw held-out reward against images seen: the mean of each kind, a band from min to max."""
+    lines = defaultdict(lambda: defaultdict(list))
+    for kind, seeds in read_runs(runs).items():
+        for line in itertools.chain(*seeds.values()):
+            lines[kind][line["images"]].append(line["heldout_reward"])
+    draw_lines(save, lines, "images seen in training", "held-out reward, mean of the seeds")
+
+
+# ------------------------------------------------------------------------------ Quality of the maps
+def area_under_roc(scores, truth):
+    """Probability that a position inside the region scores higher than one outside; ties half."""
+    inside, outside = scores[truth][:, None], scores[~truth]
+    return ((inside > outside) + 0.5 * (inside == outside)).mean().item()
+
+
+@torch.no_grad()
+def sign_quality(trainer, images):
+    """{blocks: {step: [area under the ROC curve]}} of a sign's text.
+
+    Pictures of signs in known places are noised to the level of each step, as in a rollout.
+    """
+    rng, texts, vae = random.Random(7), build.all_targets(held_out=True), trainer.pipe.vae
+    shots = [build.picture(rng, texts, sign_share=1.0) for _ in range(images)]
+    truth = torch.zeros(len(shots), 8, 8, dtype=torch.bool)
+    for region, shot in zip(truth, shots):
+        x, y = (side // build.GRID for side in shot["place"])
+        region[y : y + 2, x : x + 3] = True
+    clean = vae.encode(build.to_tensor([shot["image"] for shot in shots])).latent_dist.mean
+    clean = (clean - vae.config.shift_factor) * vae.config.scaling_factor
+    noise = torch.randn(clean.shape, generator=torch.manual_seed(0))
+    *prompt, core = trainer.encode_prompts([shot["caption"] for shot in shots])
+    policy, lines = trainer.policy(trainer.args.steps), defaultdict(dict)
+    every = list(range(len(trainer.transformer.transformer_blocks)))
+    names = [f"block {block}" for block in every] + ["all blocks"]
+    for k, sigma in enumerate(policy.sigmas[:-1]):
+        with star.AttentionAllocator(trainer.transformer, core, every) as allocator:
+            policy.velocity((1 - sigma) * clean + sigma * noise, k, prompt)
+        for name, maps in zip(names, [*allocator.recorded, allocator.map()]):
+            areas = map(area_under_roc, maps.unflatten(-1, (8, 8)), truth)
+            lines[name][k] = [statistics.mean(areas)]
+    return lines
+
+
+def words_by_kind(prompt, clauses):
+    """{kind of word: (spans, classes that they are about)} of a GenEval prompt's first object."""
+    first, last = clauses[0], clauses[-1]
+    words = {
+        "object": first["class"] if first["count"] == 1 else rewards.plural(first["class"]),
+        "colour": first.get("color"),
+        "number": rewards.NUMBERS.get(first["count"]),
+        "relation": last.get("position", [None])[0],
+    }
+    found = {}
+    for kind, word in words.items():
+        if word:
+            start = prompt.rindex(word)  # the wall before it may have the same colour
+            about = {first["class"], last["class"]} if kind == "relation" else {first["class"]}
+            found[kind] = [(start, start + len(word))], about
+    return found
+
+
+def object_quality(trainer, images):
+    """{kind of word: {step: [area]}}, where the detector sees it, in right images of the model."""
+    task, lines, words = trainer.task, defaultdict(dict), {}
+    for prompt in task.prompts:
+        clauses = task.metadata[prompt]["include"]
+        everything = task.core_spans(prompt), {clause["class"] for clause in clauses}
+        words[prompt] = words_by_kind(prompt, clauses) | {"all core words": everything}
+    for kind in ("object", "colour", "number", "relation", "all core words"):
+        prompts = [prompt for prompt in task.prompts if kind in words[prompt]][:images]
+        task.core_spans = {prompt: words[prompt][kind][0] for prompt in prompts}.get
+        areas, samples = [], watch(trainer, prompts)
+        shown = star.decode(trainer.pipe, samples.latents[:, -1])
+        verdicts, detected = task.verdicts(shown, prompts), task.detect(shown)
+        for prompt, (right, _), found, image_maps in zip(prompts, verdicts, detected, samples.maps):
+            classes = words[prompt][kind][1]
+            truth = tokens_of([one.mask for name in classes for one in found.get(name, [])])
+            if right and truth.any():
+                areas.append([area_under_roc(each, truth) for each in image_maps])
+        print(f"{kind}: {len(areas)} of {len(prompts)} images are right")
+        for k, values in enumerate(zip(*areas)):
+            lines[kind][k] = [statistics.mean(values)]
+    return lines
+
+
+def map_quality(images=96, save=Path("map-quality.png"), more=()):
+    """Measure how well the maps find what the words mean, at each denoising step.
+
+    The measure is the area under the ROC curve: 0.5 is chance, 1 is perfect. The words are a sign's
+    text or, with --task geneval, words of these prompts by their kind, --images prompts of each.
+    """
+    trainer = load_trainer(more)
+    measure = object_quality if isinstance(trainer.task, GenEval) else sign_quality
+    lines = measure(trainer, images)
+    require(lines, "no image is right; use more --images")
+    for name, points in lines.items():
+        print(f"{name:<16}" + "".join(f"{area:7.3f}" for (area,) in points.values()))
+    draw_lines(save, lines, "denoising step", "area under the ROC curve, 0.5 is chance")
+
+
+# ----------------------------------------------------------------------------- Signal in a gradient
+def sample_groups(trainer, prompts, steps):
+    """Samples of G images per prompt, embedded prompts, images, rewards [K * G], advantages."""
+    args, G = trainer.args, trainer.args.group_size
+    *embedded, core = (each.repeat_interleave(G, 0) for each in trainer.encode_prompts(prompts))
+    noise = torch.randn(len(prompts), *trainer.shape).repeat_interleave(G, 0)
+    policy = trainer.policy(args.steps)
+    samples = star.rollout(policy, noise, embedded, steps, None, steps, core)
+    images = star.decode(trainer.pipe, samples.latents[:, -1])
+    values = scores(trainer.task, images, [each for each in prompts for _ in range(G)])
+    advantages = star.group_advantages(values.view(-1, G), args.global_std, args.advantage_clip)
+    return samples, embedded, images, values, advantages.flatten()
+
+
+def estimate(trainer, kinds, steps):
+    """Estimate the gradient from the images of one iteration: {(kind, step): vector}."""
+    args, task, estimates = trainer.args, trainer.task, {}
+    order = torch.randperm(len(task.prompts))[: args.prompts_per_iteration]
+    prompts = [task.prompts[i] for i in order]
+    samples, embedded, _, _, advantages = sample_groups(trainer, prompts, steps)
+    maps = [changed_maps(kind, task, trainer.pipe, samples) for kind in kinds]
+    weights = [star.allocation_weights(each, trainer.shape[1:]) for each in maps]
+    policy, options = trainer.policy(args.steps), dict(retain_graph=True, materialize_grads=True)
+    for j, k in enumerate(steps):
+        mean, std = policy.distribution(samples.latents[:, k], k, embedded)
+        new = star.position_log_prob(samples.latents[:, k + 1], mean, std)
+        for kind, each in zip(kinds, weights):
+            data = samples.log_prob[:, j], advantages, each[:, j]
+            loss, _, _ = star.star_loss(new, *data, args.clip_range)
+            pieces = torch.autograd.grad(loss, trainer.weights, **options)
+            estimates[kind, k] = torch.cat([piece.flatten() for piece in pieces])
+    return estimates
+
+
+def gradient_measures(products):
+    """(variance, agreement), see `gradients`, from the products [N, N] of N estimates."""
+    square, pairs = products.diagonal().mean().item(), len(products) * (len(products) - 1)
+    signal = ((products.sum() - products.trace()) / pairs).item()  # of different estimates
+    return square - signal, signal / square
+
+
+def gradients(repeats=40, save=Path("gradients.png"), more=()):
+    """Measure how much signal is in an estimate of the gradient from the images of one iteration.
+
+    variance is E |estimate - signal|^2, where the signal is the expected estimate. agreement is the
+    mean cosine of two estimates, 1 / (1 + variance / |signal|^2). The weights are the starting
+    ones, the errors the jackknife's standard errors over the --repeats estimates.
+    """
+    require(repeats > 2, f"--repeats is {repeats}; standard errors need 3 or more")
+    trainer, steps, estimates, lines = load_trainer(more), range(6), [], defaultdict(dict)
+    kinds = ["uniform", "spatial", "shuffled"]
+    kinds += ["oracle"] * isinstance(trainer.task, OCR | GenEval)
+    for repeat in tqdm(range(repeats), "estimates"):
+        torch.manual_seed(10_000 + repeat)
+        estimates.append(estimate(trainer, kinds, steps))
+    for kind, k in itertools.product(kinds, steps):
+        vectors = torch.stack([each[kind, k] for each in estimates])
+        products, others = vectors @ vectors.T, 1 - torch.eye(repeats)
+        variance, agreement = gradient_measures(products)
+        left_out = [gradient_measures(products[rest][:, rest])[1] for rest in others.bool()]
+        error = math.sqrt((repeats - 1) * statistics.pvariance(left_out))
+        lines[kind][k] = [agreement - error, agreement + error]
+        numbers = f"agreement {agreement:.3f} +- {error:.3f}, variance {variance:.2g}"
+        print(f"{NAMES.get(kind, kind)}, step {k}: {numbers}")
+    up = f"agreement of {repeats} estimates, {trainer.args.task}; band: standard error"
+    draw_lines(save, lines, "denoising step", up)
+
+
+def problem(save=Path("problem.png"), more=()):
+    """Draw the best and the worst of 16 rollouts, and where their advantages are applied."""
+    trainer = load_trainer(["--group-size=16", "--batch-size=48", *more])
+    seed, prompts, rows = trainer.args.seed, trainer.task.heldout_prompts, []
+    torch.manual_seed(seed)
+    prompt = prompts[seed % len(prompts)]
+    samples, _, images, values, advantages = sample_groups(trainer, [prompt], (1, 2, 3))
+    weights = star.allocation_weights(samples.maps, (8, 8))[:, 2]  # of step 3
+    for i, colour in (values.argmax(), "#285ae6"), (values.argmin(), "#e61e1e"):
+        image, A, w = images[i], advantages[i], weights[i]
+        tiles = [
+            (image, f"reward {values[i]:.2f}, A = {A:+.1f}"),
+            (overlay(image, torch.full_like(w, 0.4), colour), "Flow-GRPO: A everywhere"),
+            (overlay(image, w / w.max(), "#f09010"), f"map w, up to {w.max():.1f}"),
+            (overlay(image, w / weights[:, :, :].max(), colour), "STAR: w times A"),
+        ]
+        rows.append(draw_row("" if rows else prompt, tiles, side=208))
+    rewards.write(save, make_image_grid(rows, rows=2, cols=1).save)
+
+
+def guidance(images=96, more=()):
+    """Measure the reward of --images held-out prompts at several guidance scales, untrained."""
+    trainer = load_trainer(more)
+    prompts = rewards.evenly_spaced(trainer.task.heldout_prompts, images)
+    for scale in (1.0, 1.5, 2.0, 3.0, 4.5):
+        trainer.args.guidance_scale = scale
+        print(f"guidance {scale}: {json.dumps(trainer.evaluate(prompts)[0])}", flush=True)
+
+
+GROUP = rf"(an?|two|three|four) (?:({'|'.join(build.COLOURS)}) )?(ball|box|triangle)(?:e?s)?\b"
+
+
+def faults_of(prompt, read, signs, found, colours_of):
+    """What a picture shows otherwise than its prompt says: a set of names.
+
+    read: the text on it. signs: their number. found: per shape, the objects that the detector
+    found. colours_of(objects, shape) -> list of colours.
+    """
+    faults, sign = set(), re.search(r'"(.+)"', prompt)
+    if sign and sign[1] not in read:
+        shorter = "missing letters" if read else "no legible sign"
+        faults.add(shorter if len(read) < len(sign[1]) else "wrong letters")
+    if signs > 1:
+        faults.add("sign painted twice")
+    numbers = {"a": 1, "an": 1} | {word: number for number, word in rewards.NUMBERS.items()}
+    asked = [(numbers[n], colour, shape) for n, colour, shape in re.findall(GROUP, prompt)]
+    surplus = {shape: len(objects) for shape, objects in found.items()}
+    for count, colour, shape in asked:
+        objects = found.get(shape, [])
+        surplus[shape] = surplus.get(shape, 0) - count
+        painted = colours_of(objects[:count], shape) if colour and objects else []
+        if any(each != colour for each in painted):
+            faults.add("wrong colour")
+    missing, extra = (sum(max(0, s * n) for n in surplus.values()) for s in (-1, 1))
+    if missing and extra:
+        faults.add("wrong shape")
+    elif missing or extra:
+        faults.add("objects missing" if missing else "objects extra")
+    relation = re.search(f" ({'|'.join(rewards.RELATIONS)}) ", prompt)
+    if relation and not missing:
+        (_, _, a), (_, _, b) = asked
+        pairs = itertools.product(found[a], found[b])
+        if not all(relation[1] in rewards.relations(one.box, two.box) for one, two in pairs):
+            faults.add("wrong place")
+    return faults
+
+
+def faults(images=96, more=()):
+    """Count what is wrong with pictures of a model, one for each of --images training prompts."""
+    trainer, reader, counter, detector = load_trainer(more), OCR(), build.Signs(), GenEval()
+    reader.load("cpu")
+    detector.load("cpu")
+    prompts, counts = (trainer.task.prompts * 10)[:images], Counter()
+    shown = trainer.generate(prompts)
+    parts = (reader.transcribe(shown), counter.reward(shown, prompts), detector.detect(shown))
+    for image, prompt, *seen in zip(shown, prompts, *parts):
+        counts.update(faults_of(prompt, *seen, partial(detector.colours, image)) or ["none"])
+    for name, count in counts.most_common():
+        print(f"{name:<20}{count / len(shown):6.1%}")
+
+
+COMMANDS = [maps, train, sweep, compare, curves, map_quality, gradients, problem, guidance, faults]
+
+
+def main(argv=None):
+    """Each of COMMANDS is a command; its parameters with a default are options."""
+    style = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, **style)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for function in COMMANDS:
+        name, about = function.__name__.replace("_", "-"), inspect.getdoc(function)
+        command = commands.add_parser(name, help=about.split("\n")[0], description=about, **style)
+        command.set_defaults(function=function)
+        for name, parameter in inspect.signature(function).parameters.items():
+            option, default = "--" + name.replace("_", "-"), parameter.default
+            if default is parameter.empty:
+                command.add_argument(name, nargs="+")
+            elif name != "more":
+                kind, shown = str if default is None else type(default), "default: %(default)s"
+                command.add_argument(option, type=kind, default=default, help=shown)
+    args, more = parser.parse_known_args(argv)
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    options = vars(args) | ({} if args.function in (compare, curves) else {"more": more})
+    if more and "more" not in options:
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    try:
+        for name, value in options.items():
+            good = type(value) is not int or value > 0
+            require(good, f"--{name.replace('_', '-')} is {value}; use 1 or more")
+        folder = options.get("save", Path()).parent
+        require(folder.is_dir(), f"--save: there is no folder {folder}")
+        options.pop("function")(**options)
+    except UserError as error:
+        sys.exit(f"allocations.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
