@@ -1,6 +1,6 @@
 """What must be true of STAR, checked on closed forms and on the trained miniature.
 
-The tests with numbers hold the nine facts that README.md lists.
+The tests with numbers hold the nine facts that the method promises.
 """
 
 import copy
@@ -32,6 +32,9 @@ import torch.nn.functional as F
 import transformers
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
@@ -179,7 +182,7 @@ def test_2_uniform_is_flow_grpo(pipe, guidance):
         return sample, log_prob, mean, torch.full((2, 1, 1, 1), std / math.sqrt(s[k] - s[k + 1]))
 
     given = vars(star) | locals()
-    diff = code_block("tiny/TRANSPLANT.md", "diff", "sde_step_with_logprob").split("\n")
+    diff = code_block("study/TRANSPLANT.md", "diff", "sde_step_with_logprob").split("\n")
 
     def run(other_side, lam=1.0):
         """The gradient of a side of the diff, and the names that it has defined."""
@@ -275,6 +278,63 @@ def test_4_maps_of_a_compiled_block(pipe):
             assert_close(ours.latents, theirs.latents, atol=1e-3, rtol=1e-3)
         assert_close(compiled.log_prob(ours), ours.log_prob, atol=1e-4, rtol=0)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("kind", ["double", "single", "Qwen-Image", "Qwen-Image with padding"])
+def test_4_map_of_flux_and_qwen_image(kind, monkeypatch):
+    """Against softmax(Q K^T) of the Q and K that enter attention. The output stays the same."""
+    B, C, L, h, w = 2, 4, 5, 3, 4
+    sizes = dict(num_layers=2, attention_head_dim=16, num_attention_heads=2, in_channels=4 * C)
+    sizes |= dict(joint_attention_dim=32, axes_dims_rope=(4, 6, 6))
+    inputs = dict(hidden_states=torch.randn(B, h * w, 4 * C), timestep=torch.tensor([0.9, 0.4]))
+    inputs |= dict(encoder_hidden_states=torch.randn(B, L, 32))
+    if "Qwen" in kind:
+        model = QwenImageTransformer2DModel(**sizes, out_channels=C)
+        mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]) if "padding" in kind else None
+        inputs |= dict(img_shapes=[[(1, h, w)]] * B, encoder_hidden_states_mask=mask)
+    else:
+        model = FluxTransformer2DModel(**sizes, num_single_layers=2, pooled_projection_dim=16)
+        ids = FluxPipeline._prepare_latent_image_ids(B, h, w, "cpu", torch.float32)
+        inputs |= dict(pooled_projections=torch.randn(B, 16), txt_ids=torch.zeros(L, 3))
+        inputs |= dict(img_ids=ids)
+    for name, weight in model.named_parameters():
+        if ".attn.norm" in name:  # 1 at first, so that all norms would be equal
+            torch.nn.init.uniform_(weight, 0.5, 2)
+    core = torch.tensor([[0, 1, 1, 0, 0], [1, 0, 0, 1, 0]]).bool()
+    maps, fused = [], F.scaled_dot_product_attention
+
+    def in_full(query, key, value, attn_mask=None, **options):
+        hidden = 0 if attn_mask is None else torch.zeros(()).where(attn_mask, -math.inf)
+        map_ = (query @ key.mT / math.sqrt(query.shape[-1]) + hidden).softmax(-1)
+        maps.append(map_[:, :, L:, :L])  # image queries, text keys
+        return fused(query, key, value, attn_mask=attn_mask, **options)
+
+    exec(code_block("study/TRANSPLANT.md", "python", "FluxAllocator"), names := {})
+    allocator = names["FluxAllocator"](model, core, range(2))
+    if kind == "single":
+        allocator.attentions = [block.attn for block in model.single_transformer_blocks]
+    with torch.no_grad():
+        monkeypatch.setattr(F, "scaled_dot_product_attention", in_full)
+        plain = model(**inputs).sample
+        monkeypatch.undo()
+        with allocator:
+            assert torch.equal(model(**inputs).sample, plain)
+    chosen = torch.stack(maps[-2:] if kind == "single" else maps[:2])
+    expected = (chosen * core[:, None, None]).sum(-1).mean((0, 2))
+    assert_close(allocator.map(), expected, atol=1e-5, rtol=0)
+    assert expected.std(1).min() > 1e-2 and len(allocator.recorded) == 2
+
+
+def test_flux_latents_are_packed_as_in_the_pipeline():
+    B, C, h, w = 2, 4, 3, 4
+    latents, mean = torch.randn(2, B, C, 2 * h, 2 * w)
+    output, packed_mean = (FluxPipeline._pack_latents(x, *x.shape) for x in (latents, mean))
+    names = dict(F=F, latents=latents, output=output, h=h, w=w)
+    exec(code_block("study/TRANSPLANT.md", "python", "pixel_unshuffle"), names)
+    assert torch.equal(names["packed"], output) and torch.equal(names["velocity"], latents)
+    log_prob = position_log_prob(output.mT, packed_mean.mT, torch.full((B, 1, 1), 0.3))
+    expected = F.avg_pool2d(position_log_prob(latents, mean, 0.3), 2)
+    assert_close(log_prob, expected.flatten(1))
 
 
 def test_4_rollout_keeps_the_map_of_each_step(pipe):
