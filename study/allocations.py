@@ -114,26 +114,23 @@ def watch(trainer, prompts):
 def maps(prompts, words=None, save=Path("maps.png"), more=()):
     """Show where a model looks for --words of your prompts, in one image.
 
-    One column for each of five denoising steps shows the image that the model predicts there, in
-    grey, and how much each position attends to the words, in red: full red is the largest value of
-    the step. Without --words the words are the quoted text or, if there is none, all but function
-    words. --model may be any folder or hub name of the Stable Diffusion 3 family.
+    Five denoising steps have a column each: the image that the model predicts there, in grey, and
+    the attention to the words, in red. Without --words these are the quoted text or, if there is
+    none, all but function words. --model may be any of the Stable Diffusion 3 family.
     """
-    spans = {
-        each: rewards.quoted_span(each) or rewards.content_word_spans(each) for each in prompts
-    }
-    for prompt in prompts if words else ():
-        whole_words = rf"(?<!\w){re.escape(words)}(?!\w)"
-        spans[prompt] = [m.span() for m in re.finditer(whole_words, prompt, re.IGNORECASE)]
-        require(spans[prompt], f"the prompt has no words {words}: {prompt}")
     # any --steps, and no copies of the weights
     options = ["--stochastic-range=0-0", "--stochastic-steps=1", "--kl-weight=0", "--ema-decay=0"]
-    task, rows = Task(), []
-    task.core_spans = spans.get
+    task, rows, whole = Task(), [], re.compile(rf"(?<!\w){re.escape(words or '')}(?!\w)", re.I)
+    task.core_spans = lambda prompt: (
+        [match.span() for match in whole.finditer(prompt)]
+        if words
+        else rewards.quoted_span(prompt) or rewards.content_word_spans(prompt)
+    )
     trainer = star.Trainer(star.parse_arguments([*options, *more])[0], task)
     samples, sigmas = watch(trainer, prompts), trainer.policy(trainer.args.steps).sigmas
     for prompt, x, each in zip(prompts, samples.latents, samples.maps):
-        require(each.any(), f"the words lie beyond the token limit; shorten the prompt {prompt}")
+        seen = f"the words {words or ''} are not in the prompt or beyond the token limit: {prompt}"
+        require(each.any(), seen)
         tiles = []
         for k in rewards.evenly_spaced(range(len(each)), 5):
             velocity = (x[k + 1] - x[k]) / (sigmas[k + 1] - sigmas[k])
@@ -287,7 +284,7 @@ def evaluations(folder, report=None):
 
 def images_to_reach(lines, goal):
     """Images seen when the held-out reward first reaches `goal`, interpolated; inf if never."""
-    points = [(x["images"], x["heldout_reward"]) for x in lines if "heldout_reward" in x]
+    points = [(line["images"], line["heldout_reward"]) for line in lines]
     if points[0][1] >= goal:
         return points[0][0]
     for (images, reward), (next_images, next_reward) in itertools.pairwise(points):
@@ -329,14 +326,6 @@ def interval(values):
     return tuple(medians[sum(each < share * n**n for each in up_to)][0] for share in (0.025, 0.975))
 
 
-def sign_test(differences):
-    """Probability that so many of the differences, or more, have the same sign by chance."""
-    differences = [each for each in differences if each != 0]
-    count, ahead = len(differences), sum(each > 0 for each in differences)
-    tail = sum(math.comb(count, k) for k in range(max(ahead, count - ahead), count + 1))
-    return min(1.0, 2 * tail / 2**count)
-
-
 def read_runs(folders, report=None):
     """{kind: {seed: evaluations}} of runs TASK-KIND-SEED that can be compared, `uniform` first."""
     runs, schedules = {"uniform": {}}, set()
@@ -356,15 +345,15 @@ def compare(runs, goal=0.8, report=None):
     """Compare kinds of allocation with Flow-GRPO (uniform) seed by seed, in a Markdown table.
 
     The runs must differ in nothing but kind, learning rate and seed. In round brackets are min and
-    max of the seeds, in square ones a bootstrap 95 % interval of the median; p is of a sign test.
+    max of the seeds, in square ones a bootstrap 95 % interval of the median.
     --goal is a reward to reach. --report takes another number of the metrics: 'strict GenEval'.
     """
     runs, reward = read_runs(runs, report), "heldout_reward"
     base = runs["uniform"]
     print(f"before training: {spread([lines[0][reward] for lines in base.values()], '.3f')}")
     columns = f"allocation | {report or 'reward'} at the end | higher on | mean over the run | gain"
-    columns += f" | better on | p | images to {goal:g} | ratio | sooner on"
-    print(f"| {columns} |\n{'| --- ' * 10}|")
+    columns += f" | better on | images to {goal:g} | ratio | sooner on"
+    print(f"| {columns} |\n{'| --- ' * 9}|")
     for kind, seeds in runs.items():
         rows = []
         for seed in sorted(seeds.keys() & base.keys()):
@@ -380,8 +369,7 @@ def compare(runs, goal=0.8, report=None):
         ratio = "{:.2f} [{:.2f}, {:.2f}]".format(statistics.median(ratios), *interval(ratios))
         row, of = f"| {NAMES.get(kind, kind)} | {spread(ends, '.3f')}", f"of {len(rows)}"
         row += f" | {sum(higher)} {of} | {spread(areas, '.3f')} | {gain} | {sum(better)} {of}"
-        row += f" | {sign_test(gains):.2g} | {spread(reaches, '.0f')} | {ratio}"
-        print(f"{row} | {sum(sooner)} {of} |")
+        print(f"{row} | {spread(reaches, '.0f')} | {ratio} | {sum(sooner)} {of} |")
 
 
 def curves(runs, save=Path("curves.png")):
@@ -573,15 +561,6 @@ def problem(save=Path("problem.png"), more=()):
     rewards.write(save, make_image_grid(rows, rows=2, cols=1).save)
 
 
-def guidance(images=96, more=()):
-    """Measure the reward of --images held-out prompts at several guidance scales, untrained."""
-    trainer = load_trainer(more)
-    prompts = rewards.evenly_spaced(trainer.task.heldout_prompts, images)
-    for scale in (1.0, 1.5, 2.0, 3.0, 4.5):
-        trainer.args.guidance_scale = scale
-        print(f"guidance {scale}: {json.dumps(trainer.evaluate(prompts)[0])}", flush=True)
-
-
 GROUP = rf"(an?|two|three|four) (?:({'|'.join(build.COLOURS)}) )?(ball|box|triangle)(?:e?s)?\b"
 
 
@@ -634,7 +613,7 @@ def faults(images=96, more=()):
         print(f"{name:<20}{count / len(shown):6.1%}")
 
 
-COMMANDS = [maps, train, sweep, compare, curves, map_quality, gradients, problem, guidance, faults]
+COMMANDS = [maps, train, sweep, compare, curves, map_quality, gradients, problem, faults]
 
 
 def main(argv=None):
