@@ -118,19 +118,15 @@ def maps(prompts, words=None, save=Path("maps.png"), more=()):
     the attention to the words, in red. Without --words these are the quoted text or, if there is
     none, all but function words. --model may be any of the Stable Diffusion 3 family.
     """
-    # any --steps, and no copies of the weights
     options = ["--stochastic-range=0-0", "--stochastic-steps=1", "--kl-weight=0", "--ema-decay=0"]
     task, rows, whole = Task(), [], re.compile(rf"(?<!\w){re.escape(words or '')}(?!\w)", re.I)
-    task.core_spans = lambda prompt: (
-        [match.span() for match in whole.finditer(prompt)]
-        if words
-        else rewards.quoted_span(prompt) or rewards.content_word_spans(prompt)
-    )
+    task.core_spans = lambda prompt: [match.span() for match in whole.finditer(prompt)]
+    if not words:
+        task.core_spans = lambda p: rewards.quoted_span(p) or rewards.content_word_spans(p)
     trainer = star.Trainer(star.parse_arguments([*options, *more])[0], task)
     samples, sigmas = watch(trainer, prompts), trainer.policy(trainer.args.steps).sigmas
     for prompt, x, each in zip(prompts, samples.latents, samples.maps):
-        seen = f"the words {words or ''} are not in the prompt or beyond the token limit: {prompt}"
-        require(each.any(), seen)
+        require(each.any(), f"the words are not in the prompt or beyond the token limit: {prompt}")
         tiles = []
         for k in rewards.evenly_spaced(range(len(each)), 5):
             velocity = (x[k + 1] - x[k]) / (sigmas[k + 1] - sigmas[k])
@@ -555,7 +551,7 @@ def problem(save=Path("problem.png"), more=()):
             (image, f"reward {values[i]:.2f}, A = {A:+.1f}"),
             (overlay(image, torch.full_like(w, 0.4), colour), "Flow-GRPO: A everywhere"),
             (overlay(image, w / w.max(), "#f09010"), f"map w, up to {w.max():.1f}"),
-            (overlay(image, w / weights[:, :, :].max(), colour), "STAR: w times A"),
+            (overlay(image, w / w.max(), colour), "STAR: w times A"),
         ]
         rows.append(draw_row("" if rows else prompt, tiles, side=208))
     rewards.write(save, make_image_grid(rows, rows=2, cols=1).save)
