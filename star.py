@@ -2,11 +2,11 @@
 
     python star.py --task ocr
 
-A flow model turns noise into an image in T denoising steps. Reinforcement learning makes those
-choices more likely that led to good images:
+A flow model turns noise into an image in T denoising steps. We make a few of them random, and
+reinforcement learning makes those random choices more likely that led to good images:
 
-1. Sample a group of images per prompt. A few steps are stochastic: they sample from a Gaussian
-   around the model's prediction. The Gaussian is the policy, the sample its action (`rollout`).
+1. Sample a group of images per prompt. A stochastic step samples from a Gaussian around the
+   model's prediction. The Gaussian is the policy, the sample its action (`rollout`).
 2. Score the images. The advantage of an image is its reward minus the mean reward of its group,
    divided by the standard deviation (`group_advantages`).
 3. Raise the probability of the actions behind the better images, lower the rest (`star_loss`).
@@ -17,9 +17,9 @@ words that the reward is about, get a larger share of it. Only the abstract of S
 details are this project's own. Part 3 trains. Part 4 is the program around it: skim that one.
 
 Shapes: B images, C channels, H x W latent positions, h x w image tokens, L text tokens, T denoising
-steps of which S are stochastic and trained, N prompts with G images each. Symbols: x latents, v the
-model's velocity, k a step, p a position, m an attention map, w weights, r a reward, A an advantage,
-and sigma the noise level, which falls from 1 (noise) to 0 (image).
+steps of which S are stochastic and trained, N prompts with G images each. Symbols: x latents and x'
+the next ones, v the model's velocity, k a step, p a position, m an attention map, w weights, r a
+reward, A an advantage, and sigma the noise level, which falls from 1 (noise) to 0 (image).
 """
 
 import argparse
@@ -55,7 +55,7 @@ from rewards import UserError, naming, on_device, replaced, require, scores, wri
 def sde_step(latents, velocity, sigma, sigma_next, sigma_max, noise_level):
     """A step of the flow as a stochastic differential equation (Flow-GRPO, "From ODE to SDE").
 
-        s    = a * sqrt(sigma / (1 - sigma))          (at sigma = 1 divided by 1 - sigma_max)
+        s    = a * sqrt(sigma / (1 - sigma))       (at sigma = 1 with sigma_max below the line)
         mean = x * (1 + s^2 / (2 sigma) * dt) + v * (1 + s^2 (1 - sigma) / (2 sigma)) * dt
              = x + v * dt + s^2 / 2 * score * -dt
         std  = s * sqrt(-dt),    dt = sigma_next - sigma < 0
@@ -63,9 +63,9 @@ def sde_step(latents, velocity, sigma, sigma_next, sigma_max, noise_level):
     Why noise? A deterministic sampler has no action probabilities, so there is no likelihood to
     differentiate. Why is the mean not x + v * dt? Noise alone would spread x further than the model
     has seen in training. A drift along the score, the gradient of log p(x), contracts x by as much.
-    (x is (1 - sigma) * image + sigma * e with Gaussian e, and v estimates e - image. So the score,
-    -e / sigma, is known.) For small steps images are then distributed as before; not exactly with
-    guidance, whose v is no flow's velocity.
+    (x is (1 - sigma) * image + sigma * e with Gaussian e, and v estimates e - image. So
+    x + (1 - sigma) * v estimates e, and the score is -e / sigma.) For small steps images are then
+    distributed as before; not exactly with guidance, whose v is no flow's velocity.
 
     latents, velocity [B, C, H, W]; noise_level is a. sigma_max, the schedule's second sigma, keeps
     s finite at sigma = 1. Returns the Gaussian over the next x: mean [B, C, H, W] and std, a float.
@@ -82,15 +82,15 @@ def sde_step(latents, velocity, sigma, sigma_next, sigma_max, noise_level):
 def position_log_prob(sample, mean, std):
     """Log-probability of a stochastic step at each latent position: [B, C, H, W] -> [B, H, W].
 
-        logp[b, p] = mean over channels of  log N(x'[b, :, p]; mean[b, :, p], std^2)
+        logp[b, p] = mean over channels c of  log N(x'[b, c, p]; mean[b, c, p], std^2)
 
     The mean at p depends on x at all positions. But x is the state in which the action is taken: it
     is given, and with it the mean. What remains random is the noise, independent at each position.
     So the density of a step factorizes over positions, exactly: each is an action of its own.
 
     We average log-densities over channels, as Flow-GRPO does. So our ratio is the true one to the
-    power 1/C: a clip range of eps allows the true ratio about C * eps, and the gradient at ratio 1
-    is 1/C of the true one. `kl_to_reference` has the same 1/C, so the KL weight keeps its meaning.
+    power 1/C: a clip range of eps allows a true ratio of about 1 +- C * eps, and the gradient at
+    ratio 1 is 1/C of the true one. The KL has the same 1/C, so the KL weight keeps its meaning.
     The mean over positions is Flow-GRPO's log-probability. std is a float > 0 or [B, 1, 1, 1].
     """
     log_std = torch.as_tensor(std).log()
@@ -101,9 +101,10 @@ def position_log_prob(sample, mean, std):
 def kl_to_reference(mean, reference_mean, std):
     """KL divergence from the reference policy, mean over channels: [B, C, H, W] -> [B, H, W].
 
-        KL[b, p] = (mean - reference_mean)^2 / (2 std^2)          for Gaussians of equal std
+        KL[b, p] = mean over channels of  (mean - reference_mean)^2 / (2 std^2)
 
-    Not weighted: all positions share the parameters, so those with a small w may drift, too.
+    for Gaussians of equal std. It has no w: all positions share the parameters, so those with a
+    small w may drift, too.
     """
     return ((mean - reference_mean) ** 2 / (2 * std**2)).mean(1)
 
@@ -121,7 +122,7 @@ class Policy:
     def velocity(self, latents, k, prompt, recording=None):
         """v [B, C, H, W] with classifier-free guidance. `recording`: an AttentionAllocator, if any.
 
-        As in Flow-GRPO, no gradient flows through the unconditional half.
+        As in Flow-GRPO, no gradient flows through the prediction without a prompt.
         """
         timestep = latents.new_full((len(latents),), 1000 * self.sigmas[k])  # SD3 counts to 1000
 
@@ -149,7 +150,7 @@ class Policy:
 class Rollout:
     """A batch of sampled images, and all that the update needs of them."""
 
-    prompt: tuple
+    prompt: list  # [context, pooled]
     steps: range  # the S stochastic ones
     latents: torch.Tensor  # [B, T + 1, C, H, W], from pure noise to the finished image
     log_prob: torch.Tensor  # [B, S, H, W] under the policy that sampled; None if S is 0
@@ -180,8 +181,8 @@ def rollout(policy, latents, prompt, steps, generator, recorded, core_tokens):
         if k in recorded:
             maps.append(recording.map().unflatten(-1, (h, w)))
         states.append(latents)
-    stacked = (torch.stack(each, dim=1) if each else None for each in (states, log_probs, maps))
-    return Rollout(prompt, steps, *stacked)
+    stacked = [torch.stack(each, dim=1) if each else None for each in (states, log_probs, maps)]
+    return Rollout(prompt, steps, latents=stacked[0], log_prob=stacked[1], maps=stacked[2])
 
 
 def group_advantages(rewards, global_std=False, limit=None):
@@ -190,9 +191,9 @@ def group_advantages(rewards, global_std=False, limit=None):
         A[n, g] = (r[n, g] - mean over g of r[n]) / (std over g of r[n] + 1e-4)
 
     Comparing images of the same prompt cancels its difficulty, so no value network is needed
-    (Flow-GRPO, "GRPO on Flow Matching"). A group of equal rewards teaches nothing: its advantages
-    are exactly 0, where the rounding error of the mean, divided by 1e-4, would remain. global_std
-    divides by the std of all rewards instead. limit cuts off large advantages.
+    (Flow-GRPO, "GRPO on Flow Matching"). A group of equal rewards teaches nothing. We set its
+    advantages to 0, since the mean may be off by a rounding error. global_std divides by the std of
+    all rewards instead. limit cuts off large advantages.
     """
     equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
     std = rewards.std(dim=None if global_std else 1, keepdim=True, unbiased=False)
@@ -205,13 +206,13 @@ def star_loss(log_prob, old_log_prob, advantages, weights, clip_range):
     """The clipped objective of PPO and Flow-GRPO, with a ratio and a weight per position.
 
         ratio[b, k, p] = exp(logp_new - logp_old)
-        L = - mean over b, k, p of  w[b, k, p] * min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A)
+        loss = - mean over b, k, p of  w * min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A)
 
     The images were sampled by the old policy and are only informative near it. Once a ratio has
     moved by eps in the direction that A wants, the clipped term is the smaller one, and its
     gradient is zero. Where it moved the wrong way, the other term is smaller and pulls it back. By
-    default a rollout serves one update, so every ratio is 1, clipping never acts, and this is
-    REINFORCE with a group baseline. With w = 1 its gradient is Flow-GRPO's.
+    default a rollout serves one update. Then every ratio is 1, clipping never acts, and this is
+    REINFORCE, the plain policy gradient, with a group baseline. With w = 1 it is Flow-GRPO's.
 
     Flow-GRPO has one ratio per image and step. With weights (part 2) some positions move further
     than others, so each has its own ratio, which stops it when it has moved enough. Flow-GRPO's
@@ -262,8 +263,8 @@ def core_tokens_of(pipeline, prompts, spans, max_sequence_length):
 class AttentionAllocator:
     """Records an attention map: how much each image position attends to the core words.
 
-    In SD3's joint blocks an image query has one softmax over [image; text] keys. The map is the
-    attention that core tokens receive:
+    In SD3's joint blocks image and text tokens attend to each other: an image query has one softmax
+    over [image; text] keys. The map is the attention that core tokens receive:
 
         attention[p, j] = softmax over all tokens j of  query[p] . key[j] / sqrt(head size)
         m[b, p]         = mean over heads and blocks of attention[p, j], summed over core tokens j
@@ -280,9 +281,10 @@ class AttentionAllocator:
 
     transformer is diffusers' SD3Transformer2DModel, core_tokens is bool [B, L] (`core_tokens_of`).
     Of a batch [unconditional; conditional], which pipelines make for guidance, the second half is
-    recorded. `blocks` defaults to the last quarter, which locates words well. `map` averages all
-    that was recorded: use one allocator per step. Raises ValueError for other numbers of images or
-    text tokens. Compiled blocks need torch._dynamo.config.skip_nnmodule_hook_guards = False.
+    recorded. `blocks` defaults to the last quarter, which finds words well in the miniature. `map`
+    averages all that was recorded: use one allocator per step. Raises ValueError for other numbers
+    of images or text tokens. Compiled blocks ignore hooks that come later, unless
+    torch._dynamo.config.skip_nnmodule_hook_guards is False.
     """
 
     def __init__(self, transformer, core_tokens, blocks=None):
@@ -339,11 +341,11 @@ def allocation_weights(maps, size, allocation="spatial", lam=1.0):
     Where nothing attends to core words (a prompt may have none), w = 1.
 
     Unequal weights bias the gradient: the unbiased one uses the same A everywhere. The bet is that
-    positions which barely affect the reward add more noise than signal. Which lam? Start with 1
-    where the core words alone decide the reward, such as written text. Lower it where the rest of
-    the image counts, too. 0 is Flow-GRPO, for a reward about the whole image. Does allocation fit
-    your reward? `weight_peak` in the metrics is the mean of each map's largest weight: near 1 the
-    maps say nothing. Where it is larger, `python study/allocations.py maps` shows where they look.
+    positions which barely affect the reward add more noise than signal. Which lam? 0.5 or 1 where
+    the core words alone decide the reward, such as written text. Less where the rest of the image
+    counts, too. 0, Flow-GRPO, for a reward about the whole image. Does allocation fit your reward?
+    `weight_peak` in the metrics, the mean of each map's largest weight, shows how uneven maps are:
+    near 1 they change nothing. `python study/allocations.py maps` shows whether they look right.
     For video: maps [B, S, f, h, w] and size (frames, H, W).
     """
     # all latents of a 2 x 2 patch get their token's value
@@ -422,7 +424,7 @@ class Trainer:
         self.weights = list(self.transformer.parameters())
         # the starting weights, and the EMA: lists of tensors like `weights`
         self.reference = self.ema = None
-        if args.kl_weight > 0:  # read again: of the dtype of the file, they take no main memory
+        if args.kl_weight > 0:  # a file of this dtype is mapped: it takes no main memory
             options = dict(subfolder="transformer", use_safetensors=True, dtype=frozen)
             start = type(self.transformer).from_pretrained(args.model, **options).to(home, frozen)
             self.reference = [weight.data for weight in start.parameters()]
@@ -433,7 +435,7 @@ class Trainer:
         if args.compile:
             self.compile()
         kind, options = torch.optim.AdamW, dict(fused=args.device == "cuda")
-        if args.optimizer == "adafactor":  # for gradients of any size; steps as long as AdamW's
+        if args.optimizer == "adafactor":  # 1e-18: small gradients count; 1: steps like AdamW's
             kind, options = torch.optim.Adafactor, dict(eps=(1e-18, 1.0))
         options["weight_decay"] = args.weight_decay
         self.optimizer = kind(self.weights, args.learning_rate, **options)
@@ -503,7 +505,7 @@ class Trainer:
         for x, *prompt, core in zip(*(each.split(args.batch_size) for each in (noise, *inputs))):
             with self.autocast:
                 batches.append(rollout(policy, x, prompt, steps, generator, recorded, core))
-        if self.reference:  # all means at once: only now are its weights on the device
+        if self.reference:  # after the rollouts, so that its weights move to the device once
             with self.with_weights(self.reference), torch.no_grad(), self.autocast:
                 for batch in batches:
                     batch.reference_means = [
@@ -543,14 +545,14 @@ class Trainer:
                     new = position_log_prob(batch.latents[:, k + 1], mean, std)
                     old = batch.log_prob[:, j]
                     metrics["ratio_mean"].append((new.detach() - old).exp().mean())
-                    if number == 0:  # The weights are still those of the rollout. So the ratio is
-                        old = new.detach()  # 1, but compiled code rounds differently there.
+                    if number == 0:  # The model is still that of the rollout. So the ratio is 1,
+                        old = new.detach()  # but compiled code rounds differently there.
                     loss, _, clipped = star_loss(new, old, A, weights[:, j], args.clip_range)
                     metrics["clip_fraction"].append(clipped.float().mean())
                     if self.reference:
                         kl = kl_to_reference(mean, batch.reference_means[j], std).mean((-2, -1))
                         metrics["kl"].append(kl.detach().mean())
-                        loss = loss + args.kl_weight * (kl * (A != 0)).mean()  # none on KL alone
+                        loss = loss + args.kl_weight * (kl * (A != 0)).mean()  # no KL if A is 0
                     (loss / (size * len(batch.steps))).backward()  # per step: needs less memory
             norm = torch.nn.utils.clip_grad_norm_(self.weights, args.max_gradient_norm)
             require(norm.isfinite(), "the gradient is not finite; lower --learning-rate")
@@ -630,7 +632,7 @@ class Trainer:
 
 # ----------------------------------------------------------- Part 4: the program (skim this one)
 @dataclass
-class Arguments:  # the defaults are those of `python star.py`; MINIATURE and FULL_SIZE change some
+class Arguments:  # comments are the text of --help; (LOW to HIGH) in them is checked
     task: str = "ocr"  # ocr, geneval, pickscore, FILE.py:CLASS or a mix: ocr:0.7,pickscore:0.3
     model: str = "tiny/sd3"  # folder or hub name of a Stable Diffusion 3 pipeline
     reward_model: str = None  # models for the reward: commas within a task, semicolons between
@@ -648,7 +650,7 @@ class Arguments:  # the defaults are those of `python star.py`; MINIATURE and FU
     lam: float = 1.0  # strength of the allocation; 0 is uniform (0 to 1)
     prompts_per_iteration: int = 3  # N, prompts per iteration
     group_size: int = 8  # G, images per prompt (2 to 1000000)
-    batch_size: int = 24  # images per forward pass; must divide N * G
+    batch_size: int = 24  # images per forward pass; times updates it must divide N * G
     height: int = None  # height and width in pixels; as the model was trained if not given
     steps: int = 10  # T, denoising steps in training
     evaluation_steps: int = 10  # denoising steps in evaluation
@@ -692,8 +694,8 @@ MINIATURE = dict(
         prompts_per_iteration=6, batch_size=48, iterations=16, evaluate_every=8, learning_rate=4e-4,
     ),
 )
-# For SD3 Medium, SD3.5 Medium and SD3.5 Large on one GPU. [F] marks Flow-GRPO's published settings,
-# the others are ours and untuned. rewards.py names the models that score real images.
+# For SD3 Medium, SD3.5 Medium and SD3.5 Large on one GPU. [F] follows Flow-GRPO's settings, the
+# others are ours and untuned. rewards.py names the models that score real images.
 FULL_SIZE = OTHER | dict(
     height=512, evaluation_steps=40, guidance_scale=4.5, max_sequence_length=128,     # [F]
     group_size=24, same_noise=False, global_std=True,                                 # [F]
@@ -716,7 +718,9 @@ def parse_arguments(argv=None):
         "python star.py --task ocr [--option ...]",
         argparse.ArgumentDefaultsHelpFormatter,
     )
-    other = "MINIATURE and FULL_SIZE in star.py change some of these defaults for a task or a model."
+    other = (
+        "MINIATURE and FULL_SIZE in star.py change some of these defaults for a task or a model."
+    )
     parser = argparse.ArgumentParser(usage=usage, formatter_class=style, epilog=other)
     for each in fields(Arguments):
         options = dict(type=each.type)
