@@ -72,8 +72,7 @@ def sde_step(latents, velocity, sigma, sigma_next, sigma_max, noise_level):
     """
     latents, velocity = latents.float(), velocity.float()
     dt = sigma_next - sigma
-    below_one = sigma if sigma < 1 else sigma_max
-    s = noise_level * math.sqrt(sigma / (1 - below_one))
+    s = noise_level * math.sqrt(sigma / (1 - min(sigma, sigma_max)))
     x_scale = 1 + s**2 / (2 * sigma) * dt
     v_scale = 1 + s**2 * (1 - sigma) / (2 * sigma)
     return latents * x_scale + velocity * v_scale * dt, s * math.sqrt(-dt)
@@ -119,8 +118,8 @@ class Policy:
     guidance_scale: float
     empty_prompt: tuple  # prompts are (context [B, L, features], pooled [B, features])
 
-    def velocity(self, latents, k, prompt, recording=None):
-        """v [B, C, H, W] with classifier-free guidance. `recording`: an AttentionAllocator, if any.
+    def velocity(self, latents, k, prompt, recorder=None):
+        """v [B, C, H, W] with classifier-free guidance. `recorder`: an AttentionAllocator, if any.
 
         As in Flow-GRPO, no gradient flows through the prediction without a prompt.
         """
@@ -130,7 +129,7 @@ class Policy:
             output = self.transformer(latents, context, pooled, timestep, return_dict=False)
             return output[0].float()
 
-        with recording or nullcontext():
+        with recorder or nullcontext():
             conditional = predict(*prompt)
         if self.guidance_scale == 1:
             return conditional
@@ -139,9 +138,9 @@ class Policy:
             unconditional = predict(*empty)
         return unconditional + self.guidance_scale * (conditional - unconditional)
 
-    def distribution(self, latents, k, prompt, recording=None):
+    def distribution(self, latents, k, prompt, recorder=None):
         """The Gaussian over x at step k + 1: (mean, std)."""
-        velocity = self.velocity(latents, k, prompt, recording)
+        velocity = self.velocity(latents, k, prompt, recorder)
         sigma, sigma_next, sigma_max = self.sigmas[k], self.sigmas[k + 1], self.sigmas[1]
         return sde_step(latents, velocity, sigma, sigma_next, sigma_max, self.noise_level)
 
@@ -159,27 +158,27 @@ class Rollout:
 
 
 @torch.no_grad()
-def rollout(policy, latents, prompt, steps, generator, recorded, core_tokens):
+def rollout(policy, latents, prompt, steps, generator, recorded_steps, core_tokens):
     """Sample images from noise [B, C, H, W]. Only `steps` are stochastic, the others are Euler's.
 
-    At the `recorded` steps the attention to core_tokens [B, L] is recorded (part 2).
+    At recorded_steps the attention to core_tokens [B, L] is recorded (part 2).
     """
     states, log_probs, maps = [latents], [], []
     h, w = (side // policy.transformer.config.patch_size for side in latents.shape[-2:])
     for k in range(len(policy.sigmas) - 1):
-        recording = None
-        if k in recorded:
-            recording = AttentionAllocator(policy.transformer, core_tokens)
+        recorder = None
+        if k in recorded_steps:
+            recorder = AttentionAllocator(policy.transformer, core_tokens)
         if k in steps:
-            mean, std = policy.distribution(latents, k, prompt, recording)
+            mean, std = policy.distribution(latents, k, prompt, recorder)
             noise = torch.randn(latents.shape, generator=generator)  # the same on every device
             latents = mean + std * noise.to(mean.device)
             log_probs.append(position_log_prob(latents, mean, std))
         else:
             dt = policy.sigmas[k + 1] - policy.sigmas[k]
-            latents = latents + policy.velocity(latents, k, prompt, recording) * dt
-        if k in recorded:
-            maps.append(recording.map().unflatten(-1, (h, w)))
+            latents = latents + policy.velocity(latents, k, prompt, recorder) * dt
+        if k in recorded_steps:
+            maps.append(recorder.map().unflatten(-1, (h, w)))
         states.append(latents)
     stacked = [torch.stack(each, dim=1) if each else None for each in (states, log_probs, maps)]
     return Rollout(prompt, steps, latents=stacked[0], log_prob=stacked[1], maps=stacked[2])
@@ -195,6 +194,7 @@ def group_advantages(rewards, global_std=False, limit=None):
     advantages to 0, since the mean may be off by a rounding error. global_std divides by the std of
     all rewards instead. limit cuts off large advantages.
     """
+    rewards = rewards.float()
     equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
     std = rewards.std(dim=None if global_std else 1, keepdim=True, unbiased=False)
     centred = rewards - rewards.mean(dim=1, keepdim=True)
@@ -277,9 +277,9 @@ class AttentionAllocator:
 
         with torch.no_grad(), AttentionAllocator(transformer, core_tokens) as allocator:
             transformer(...)
-        allocator.map()  # [B, image tokens]
+        allocator.map().unflatten(-1, (h, w))  # [B, h, w]
 
-    transformer is diffusers' SD3Transformer2DModel, core_tokens is bool [B, L] (`core_tokens_of`).
+    transformer is diffusers' SD3Transformer2DModel. core_tokens is bool [B, L], a row per image.
     Of a batch [unconditional; conditional], which pipelines make for guidance, the second half is
     recorded. `blocks` defaults to the last quarter, which finds words well in the miniature. `map`
     averages all that was recorded: use one allocator per step. Raises ValueError for other numbers
@@ -497,14 +497,14 @@ class Trainer:
         low, high = map(int, args.stochastic_range.split("-"))
         first = torch.randint(low, high - S + 2, (1,), generator=generator).item()
         steps = range(first, first + S)
-        recorded = () if args.allocation == "uniform" else steps
+        recorded_steps = () if args.allocation == "uniform" else steps
         noise = torch.randn(N if args.same_noise else N * G, *self.shape, generator=generator)
         noise = noise.repeat_interleave(N * G // len(noise), 0).to(args.device)
         inputs = [each.repeat_interleave(G, 0) for each in self.encode_prompts(prompts)]
         batches = []
         for x, *prompt, core in zip(*(each.split(args.batch_size) for each in (noise, *inputs))):
             with self.autocast:
-                batches.append(rollout(policy, x, prompt, steps, generator, recorded, core))
+                batches.append(rollout(policy, x, prompt, steps, generator, recorded_steps, core))
         if self.reference:  # after the rollouts, so that its weights move to the device once
             with self.with_weights(self.reference), torch.no_grad(), self.autocast:
                 for batch in batches:
@@ -782,12 +782,12 @@ def check(args, heights):
 
 
 def check_core_words(trainer):
-    """Count the prompts whose core words lie beyond the token limit: the model never sees them."""
-    prompts = [prompt for prompt in trainer.task.prompts if trainer.task.core_spans(prompt)]
-    spans, length = map(trainer.task.core_spans, prompts), trainer.args.max_sequence_length
-    lost = int((~core_tokens_of(trainer.pipe, prompts, spans, length).any(1)).sum())
-    sentence = f"the core words of {lost} of {len(prompts)} prompts lie beyond the token limit"
-    require(lost <= len(prompts) / 2, f"{sentence}; shorten them or use --allocation uniform")
+    """Count the prompts without core words, or with core words that the model never sees."""
+    prompts, length = trainer.task.prompts, trainer.args.max_sequence_length
+    core = core_tokens_of(trainer.pipe, prompts, map(trainer.task.core_spans, prompts), length)
+    lost = int((~core.any(1)).sum())
+    sentence = f"{lost} of {len(prompts)} prompts have no core words within the token limit"
+    require(lost <= len(prompts) / 2, f"{sentence}; change them or use --allocation uniform")
     if lost:
         print(f"{sentence}: these train as with --allocation uniform")
 

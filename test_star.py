@@ -853,7 +853,7 @@ def test_without_t5_in_bfloat16_with_little_memory(tmp_path, capsys):
     options = "--no-t5 --low-memory --bfloat16 --kl-weight 0.1 --guidance-scale 2 --iterations 1"
     options += f" --group-size 2 --evaluation-prompts 1 --prompts {prompts} --model {tmp_path}/half"
     run(out, *options.split())
-    assert "core words of 1 of 3 prompts lie beyond the token limit:" in capsys.readouterr().out
+    assert "1 of 3 prompts have no core words within the token limit:" in capsys.readouterr().out
     line = metrics(out)[1]
     assert abs(line["ratio_mean"] - 1) < 1e-3
     assert 0 <= line["kl"] < 1e-3  # the reference is the start, up to the rounding of its copy
@@ -1316,7 +1316,7 @@ LATE = """
     --model IN/unsafe | (only weights in safetensors format are read)
     --task pickscore --reward-model tiny/ocr | reward model tiny/ocr is not a clip model
     --model IN/mute; --model IN/wordless | has no tokenizer
-    --prompts IN/long.txt | core words of 2 of 3 prompts lie beyond the token limit; shorten them
+    --prompts IN/long.txt | 2 of 3 prompts have no core words within the token limit; change them
 """
 RANGES = """noise-level inf, noise-level 0, learning-rate inf, learning-rate nan, learning-rate -1,
     guidance-scale nan, max-gradient-norm nan, clip-range 0, advantage-clip 0, kl-weight -1,
