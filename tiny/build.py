@@ -43,36 +43,15 @@ from itertools import pairwise
 from pathlib import Path
 
 import diffusers
+import numpy
 import torch
 import torch.nn.functional as F
+import transformers
 from PIL import Image, ImageFilter, ImageOps
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from tqdm import tqdm
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessorPil,
-    CLIPModel,
-    CLIPProcessor,
-    CLIPTextConfig,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    Mask2FormerConfig,
-    Mask2FormerImageProcessorPil,
-    PreTrainedTokenizerFast,
-    SwinConfig,
-    T5Config,
-    T5EncoderModel,
-    T5Tokenizer,
-    TrOCRConfig,
-    TrOCRForCausalLM,
-    TrOCRProcessor,
-    VisionEncoderDecoderModel,
-    ViTConfig,
-    ViTImageProcessorPil,
-    ViTModel,
-)
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import rewards
@@ -360,12 +339,11 @@ def poster(rng, texts):
     The autoencoder must see many of them before it preserves every stroke.
     """
     image = Image.new("RGB", (SIZE, SIZE), rng.choice(list(COLOURS.values())))
-    for x in (4, 20):
-        for y in (0, 8, 16, 24):
-            if rng.random() < 0.8:
-                colour, text = rng.choice(SIGN_COLOURS), rng.choice(texts)
-                ink = rng.choice([rng.uniform(*FADED), rng.uniform(0.6, 1.0)])
-                draw_sign(image, colour, text, x, y, ink)
+    for place in PLACES:
+        if rng.random() < 0.8:
+            colour, text = rng.choice(SIGN_COLOURS), rng.choice(texts)
+            ink = rng.choice([rng.uniform(*FADED), rng.uniform(0.6, 1.0)])
+            draw_sign(image, colour, text, *place, ink)
     if rng.random() < 0.5:
         for x, y in itertools.product((0, 16), (0, 16)):
             shape, colour = rng.choice(SHAPES), rng.choice(list(COLOURS))
@@ -375,8 +353,7 @@ def poster(rng, texts):
 
 def to_tensor(images):
     """Convert PIL pictures to a float tensor [N, 3, 32, 32] in [-1, 1]."""
-    flat = torch.frombuffer(bytearray(b"".join(i.tobytes() for i in images)), dtype=torch.uint8)
-    return flat.view(len(images), SIZE, SIZE, 3).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.tensor(numpy.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 class Signs(Task):
@@ -385,8 +362,6 @@ class Signs(Task):
     A monitor: the OCR reward does not mind if a text is written twice.
     """
 
-    colours = dict(white=(245.0, 245, 245), yellow=(250.0, 220, 60), pink=(245.0, 150, 190))
-
     def reward(self, images, prompts):
         """How many of the eight places of a sign show one, [len(images)].
 
@@ -394,13 +369,12 @@ class Signs(Task):
         """
         counts = []
         for image, prompt in zip(images, prompts):
-            asked = re.search(r"(white|yellow|pink) sign", prompt)
+            asked = re.search(rf"({'|'.join(SIGN_COLOURS)}) sign", prompt)
             if not asked or min(image.size) < 16:  # no place fits
                 counts.append(0)
                 continue
-            colour = torch.tensor(self.colours[asked[1]])
-            pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).float()
-            pixels = pixels.view(image.height, image.width, 3)[:, 3:]
+            colour = torch.tensor(COLOURS[asked[1]]).float()
+            pixels = torch.tensor(numpy.array(image)).float()[:, 3:]
             shade = (pixels @ colour) / (colour @ colour)  # 0 is black
             near = (pixels - shade[..., None] * colour).norm(dim=-1) < 45
             both = torch.stack([near, near & (shade > 0.6)]).float()
@@ -600,7 +574,7 @@ def clip_tokenizer():
             merges.append((left, right))
             vocab[left + right] = len(vocab)
             pieces = join(pieces, left, right)
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TOKENS)
+    return transformers.CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TOKENS)
 
 
 def t5_tokenizer():
@@ -608,7 +582,7 @@ def t5_tokenizer():
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0), ('▁"', -2.0)]
     vocab += [("▁" + word, -2.0) for word in WORDS]
     vocab += [(chr(code), -6.0) for code in range(33, 127)]
-    return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=TOKENS)
+    return transformers.T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=TOKENS)
 
 
 # ----------------------------------------------------------------------------------- the flow model
@@ -620,8 +594,8 @@ def make_pipeline():
     tokenizer, tokenizer_3 = clip_tokenizer(), t5_tokenizer()
 
     def clip():
-        return CLIPTextModelWithProjection(
-            CLIPTextConfig(
+        return transformers.CLIPTextModelWithProjection(
+            transformers.CLIPTextConfig(
                 vocab_size=len(tokenizer),
                 hidden_size=48,
                 intermediate_size=96,
@@ -636,8 +610,8 @@ def make_pipeline():
             )
         )
 
-    t5 = T5EncoderModel(
-        T5Config(
+    t5 = transformers.T5EncoderModel(
+        transformers.T5Config(
             vocab_size=len(tokenizer_3),
             d_model=96,
             d_kv=24,
@@ -866,7 +840,7 @@ def build_ocr(device):
     characters.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", 2)]
     )
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=characters,
         pad_token="<pad>",
         bos_token="<s>",
@@ -874,8 +848,8 @@ def build_ocr(device):
         unk_token="<unk>",
         model_max_length=8,
     )
-    encoder = ViTModel(
-        ViTConfig(
+    encoder = transformers.ViTModel(
+        transformers.ViTConfig(
             hidden_size=96,
             num_hidden_layers=3,
             num_attention_heads=4,
@@ -885,8 +859,8 @@ def build_ocr(device):
         ),
         add_pooling_layer=False,
     )
-    decoder = TrOCRForCausalLM(
-        TrOCRConfig(
+    decoder = transformers.TrOCRForCausalLM(
+        transformers.TrOCRConfig(
             vocab_size=len(tokenizer),
             d_model=96,
             decoder_layers=2,
@@ -899,14 +873,14 @@ def build_ocr(device):
             cross_attention_hidden_size=96,
         )
     )
-    model = VisionEncoderDecoderModel(encoder=encoder, decoder=decoder)
+    model = transformers.VisionEncoderDecoderModel(encoder=encoder, decoder=decoder)
     for config in (model.config, model.generation_config):
         config.pad_token_id, config.bos_token_id = 0, 1
         config.eos_token_id, config.decoder_start_token_id = 2, 1
     model.generation_config.max_length = 8
     model.to(device).train()
-    pictures = ViTImageProcessorPil(size={"height": SIZE, "width": SIZE}, resample=0)
-    processor = TrOCRProcessor(pictures, tokenizer)
+    pictures = transformers.ViTImageProcessorPil(size={"height": SIZE, "width": SIZE}, resample=0)
+    processor = transformers.TrOCRProcessor(pictures, tokenizer)
 
     shots = [readable(rng) for _ in tqdm(range(40000), desc="pictures")]
     images = to_tensor([s["image"] for s in shots])
@@ -993,7 +967,7 @@ def build_clip(device):
     torch.manual_seed(5)
     rng, texts = random.Random(5), all_targets(False)
     tokenizer = clip_tokenizer()
-    config = CLIPConfig(
+    config = transformers.CLIPConfig(
         text_config=dict(
             vocab_size=len(tokenizer),
             hidden_size=96,
@@ -1015,14 +989,14 @@ def build_clip(device):
         ),
         projection_dim=64,
     )
-    model = CLIPModel(config).to(device).train()
-    pictures = CLIPImageProcessorPil(
+    model = transformers.CLIPModel(config).to(device).train()
+    pictures = transformers.CLIPImageProcessorPil(
         size={"shortest_edge": SIZE},
         crop_size={"height": SIZE, "width": SIZE},
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     )
-    processor = CLIPProcessor(pictures, tokenizer)
+    processor = transformers.CLIPProcessor(pictures, tokenizer)
     shots, spoiled = zip(*(pair(rng, texts) for _ in tqdm(range(20000), desc="pictures")))
     clean, spoiled = to_tensor([shot["image"] for shot in shots]), to_tensor(spoiled)
     cuts = [cut for cut in (cut_out(rng, shot) for shot in shots[:8000]) if cut]
@@ -1089,7 +1063,7 @@ def build_detector(device):
     """
     torch.manual_seed(6)
     rng, texts = random.Random(6), all_targets(False)
-    backbone = SwinConfig(
+    backbone = transformers.SwinConfig(
         image_size=SIZE,
         patch_size=2,
         embed_dim=32,
@@ -1099,7 +1073,7 @@ def build_detector(device):
         drop_path_rate=0.0,
         out_features=["stage1", "stage2", "stage3", "stage4"],
     )
-    config = Mask2FormerConfig(
+    config = transformers.Mask2FormerConfig(
         backbone_config=backbone,
         feature_size=64,
         mask_feature_size=64,
@@ -1174,7 +1148,7 @@ def build_detector(device):
                 exact=f"{agree.item():.2f}",
             )
     model.eval().save_pretrained(HERE / "detector")
-    processor = Mask2FormerImageProcessorPil(
+    processor = transformers.Mask2FormerImageProcessorPil(
         size={"height": SIZE, "width": SIZE},
         size_divisor=SIZE,
         image_mean=[0.5] * 3,
