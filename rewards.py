@@ -23,8 +23,8 @@ import re
 import sys
 import tempfile
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -130,11 +130,10 @@ def remembered(method):
     return call
 
 
+@torch.no_grad()
 def scores(task, images, prompts):
-    """The rewards of a task as float32 [B] on the CPU, computed without gradients."""
-    with torch.no_grad():
-        values = task.reward(images, prompts)
-    rewards = torch.as_tensor(values, dtype=torch.float32, device="cpu")
+    """The rewards of a task as float32 [B] on the CPU."""
+    rewards = torch.as_tensor(task.reward(images, prompts), dtype=torch.float32, device="cpu")
     good = rewards.shape == (len(images),) and rewards.isfinite().all()
     wanted = f"must be one finite number for each of {len(images)} images"
     require(good, f"the reward of {type(task).__name__} {wanted}, not {rewards}")
@@ -153,14 +152,12 @@ def read_lines(file):
 
 def read_records(file):
     """("FILE, line NUMBER", object) of every line of a JSON lines file with prompts."""
-    records = []
     for where, line in read_lines(file):
         with naming(where):
             record = json.loads(line)
         prompt = record.get("prompt") if isinstance(record, dict) else None
         require(prompt and isinstance(prompt, str), f"{where}: the field prompt must be a text")
-        records.append((where, record))
-    return records
+        yield where, record
 
 
 def read_prompts(file):
@@ -179,21 +176,20 @@ def evenly_spaced(prompts, count):
 class Task:
     """What tasks share: prompts from two files; all words but function words are core."""
 
-    own_prompts = "pickscore"  # tiny/prompts/[real_]<this>[_heldout].txt
+    own_prompts = "pickscore.txt", "pickscore_heldout.txt"  # in tiny/prompts; real_* at full size
     own_models, real_models = (), ()  # that score the miniature's images, and a real model's
     scale = 1.0
     monitors = ()
 
     def __init__(self, prompts=None, heldout_prompts=None, model=None, full_size=False):
-        own = TINY / "prompts" / ("real_" * full_size + self.own_prompts)
-        self.files = [prompts or f"{own}.txt", heldout_prompts or f"{own}_heldout.txt"]
+        own = [str(TINY / "prompts" / ("real_" * full_size + name)) for name in self.own_prompts]
+        self.files = [prompts or own[0], heldout_prompts or own[1]]
         self.prompts, self.heldout_prompts = map(self.read, self.files)
         self.models = self.choose_models(model, full_size)
 
     def choose_models(self, model, full_size):
-        if model:
-            return str(model).split(",")
-        return self.real_models if full_size else [str(TINY / name) for name in self.own_models]
+        own = self.real_models if full_size else [str(TINY / name) for name in self.own_models]
+        return str(model).split(",") if model else own
 
     def read(self, file):
         return [prompt for _, prompt in read_prompts(file)]
@@ -214,12 +210,10 @@ def content_word_spans(prompt):
     return [word.span() for word in words if word.group().lower() not in FUNCTION_WORDS]
 
 
-FUNCTION_WORDS = set(
-    """a an the this that these those some any each every no of in on at by for from to into onto
-    with without within over under between through and or but nor so as than if while is are was
-    were be been being has have had it its he she they them his her their i you we which who whose
-    what where when there here very not""".split()
-)
+FUNCTION_WORDS = """a an the this that these those some any each every no of in on at by for from to
+    into onto with without within over under between through and or but nor so as than if while is
+    are was were be been being has have had it its he she they them his her their i you we which who
+    whose what where when there here very not""".split()
 
 
 # ---------------------------------------------------------------------------------------------- OCR
@@ -237,8 +231,7 @@ def edit_distance(a, b):
 def text_reward(read, target):
     """Flow-GRPO's OCR reward (arXiv 2505.05470, section 4): 1 - min(distance, len) / len.
 
-    Case and spaces do not count. A target that is contained in the text that was read counts as
-    correct.
+    Case and spaces do not count. A text that contains the target is correct.
     """
     read, target = ("".join(text.lower().split()) for text in (read, target))
     if target in read:
@@ -247,10 +240,8 @@ def text_reward(read, target):
 
 
 def quoted_span(prompt):
-    """The (start, end) of the first text between straight double quotes, in a list; [] if none.
-
-    A quotation mark after a digit opens nothing: it means inches.
-    """
+    """The (start, end) of the first text between straight double quotes, in a list; [] if none."""
+    # A quotation mark after a digit opens nothing: it means inches.
     quoted = [match for match in re.finditer(r'(?<!\d)"([^"]*)"', prompt) if match[1].strip()]
     return [match.span(1) for match in quoted[:1]]
 
@@ -258,7 +249,7 @@ def quoted_span(prompt):
 class OCR(Task):
     """Write the first text between straight double quotes in the prompt. `model` reads text."""
 
-    own_prompts = "ocr"
+    own_prompts = "ocr.txt", "ocr_heldout.txt"
     own_models, real_models = ("ocr",), ("florence-community/Florence-2-large",)
 
     def read(self, file):
@@ -283,7 +274,6 @@ class OCR(Task):
 
     @torch.inference_mode()
     def transcribe(self, images, batch_size=32):
-        """The text that the reader finds on each image."""
         reader, texts = self.reader, []
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
@@ -294,7 +284,6 @@ class OCR(Task):
         return texts
 
     def reward(self, images, prompts):
-        """`text_reward` of each image, [len(images)]."""
         targets = [prompt[slice(*self.core_spans(prompt)[0])] for prompt in prompts]
         return [text_reward(*pair) for pair in zip(self.transcribe(images), targets)]
 
@@ -311,24 +300,19 @@ COLOUR_PROMPTS = [
 ]
 PLURALS = dict(person="people", knife="knives", sheep="sheep", skis="skis", scissors="scissors")
 PLURALS |= dict(mouse="mice", box="boxes")
-COCO = [  # as the benchmark spells them
-    name.replace("_", " ")
-    for name in """person bicycle car motorcycle airplane bus train truck boat traffic_light
-    fire_hydrant stop_sign parking_meter bench bird cat dog horse sheep cow elephant bear zebra
-    giraffe backpack umbrella handbag tie suitcase frisbee skis snowboard sports_ball kite
-    baseball_bat baseball_glove skateboard surfboard tennis_racket bottle wine_glass cup fork knife
-    spoon bowl banana apple sandwich orange broccoli carrot hot_dog pizza donut cake chair couch
-    potted_plant bed dining_table toilet tv laptop computer_mouse tv_remote computer_keyboard
-    cell_phone microwave oven toaster sink refrigerator book clock vase scissors teddy_bear
-    hair_drier toothbrush""".split()
-]
-# the benchmark's numbers, and the size to which its detector scales images
-CONFIDENCE, COUNTING_CONFIDENCE, MOST_OBJECTS, POSITION_MARGIN = 0.3, 0.9, 16, 0.1
-DETECTOR_SIZE = dict(shortest_edge=800, longest_edge=1333)
+COCO = """person bicycle car motorcycle airplane bus train truck boat traffic_light fire_hydrant
+    stop_sign parking_meter bench bird cat dog horse sheep cow elephant bear zebra giraffe backpack
+    umbrella handbag tie suitcase frisbee skis snowboard sports_ball kite baseball_bat
+    baseball_glove skateboard surfboard tennis_racket bottle wine_glass cup fork knife spoon bowl
+    banana apple sandwich orange broccoli carrot hot_dog pizza donut cake chair couch potted_plant
+    bed dining_table toilet tv laptop computer_mouse tv_remote computer_keyboard cell_phone
+    microwave oven toaster sink refrigerator book clock vase scissors teddy_bear hair_drier
+    toothbrush""".split()
+COCO = [name.replace("_", " ") for name in COCO]  # as the benchmark spells them
+CONFIDENCE, COUNTING_CONFIDENCE, MOST_OBJECTS, POSITION_MARGIN = 0.3, 0.9, 16, 0.1  # as published
 
 
-@dataclass
-class Detection:
+class Detection(NamedTuple):
     """One object that the detector found."""
 
     confidence: float
@@ -347,7 +331,7 @@ def relations(box, other):
     found = set()
     for i, (negative, positive) in enumerate([RELATIONS[:2], RELATIONS[2:]]):
         sizes = box[i + 2] - box[i] + other[i + 2] - other[i]
-        if max(abs(offset[i]) - POSITION_MARGIN * sizes, 0) / length > 0.5:
+        if (abs(offset[i]) - POSITION_MARGIN * sizes) / length > 0.5:
             found.add(positive if offset[i] > 0 else negative)
     return found
 
@@ -368,7 +352,7 @@ def judge(found, metadata, colours_of):
     found: per class, the most confident first. metadata: a line of the benchmark's file.
     colours_of(detections, class) -> list of colour names.
     """
-    credits, groups, correct = [], [], True
+    credits, groups = [], []  # groups: the objects of each clause, [] if they are not as asked
     for clause in metadata["include"]:
         count, name = clause["count"], clause["class"]
         objects = found.get(name, [])
@@ -378,16 +362,15 @@ def judge(found, metadata, colours_of):
         if "color" in clause:
             right = colours_of(objects, name).count(clause["color"]) if enough else 0
             credits.append(right / count)
-            matched = matched and right == count
+            matched = right == count
         if "position" in clause:
             relation, target = clause["position"]
-            pairs = itertools.product(objects, groups[target] or [])
-            placed = enough and groups[target] is not None
-            placed = placed and all(relation in relations(a.box, b.box) for a, b in pairs)
+            pairs = [(one.box, other.box) for one in objects for other in groups[target]]
+            placed = enough and pairs != [] and all(relation in relations(*pair) for pair in pairs)
             credits.append(float(placed))
             matched = matched and placed
-        groups.append(objects if matched else None)
-        correct = correct and matched
+        groups.append(objects if matched else [])
+    correct = all(groups)
     for clause in metadata.get("exclude", []):
         correct = correct and len(found.get(clause["class"], [])) < clause["count"]
     return correct, sum(credits) / len(credits)
@@ -411,31 +394,25 @@ def segmenter_class():
 class GenEval(Task):
     """Show the objects of the prompt in number, colour and place (Ghosh et al. 2023).
 
-    `prompts`: files in the format of the benchmark's evaluation_metadata.jsonl. `model`: detector
-    and colour classifier, separated by a comma.
+    Prompt files are like the benchmark's evaluation_metadata.jsonl. `model` is DETECTOR,CLIP.
     """
 
-    own_prompts = "geneval"
+    own_prompts = "geneval.jsonl", "geneval_heldout.jsonl"
     own_models = ("detector", "clip")
     real_models = ("facebook/mask2former-swin-small-coco-instance", "openai/clip-vit-large-patch14")
 
     def __init__(self, prompts=None, heldout_prompts=None, model=None, full_size=False):
-        self.models = self.choose_models(model, full_size)
-        require(len(self.models) == 2, f"--reward-model {model}: geneval needs DETECTOR,CLIP")
-        labels = list(load_config(segmenter_class(), self.models[0]).id2label.values())
+        models = self.choose_models(model, full_size)
+        require(len(models) == 2, f"--reward-model {model}: geneval needs DETECTOR,CLIP")
+        labels = list(load_config(segmenter_class(), models[0]).id2label.values())
         self.coco = len(labels) == len(COCO)  # COCO detectors differ in spelling, not in order
         self.labels = COCO if self.coco else labels
-        own = TINY / "prompts" / ("real_" * self.coco + self.own_prompts)
-        self.files = [prompts or f"{own}.jsonl", heldout_prompts or f"{own}_heldout.jsonl"]
-        train, heldout = map(self.read, self.files)
-        self.metadata = {record["prompt"]: record for record in train + heldout}
-        self.prompts = [record["prompt"] for record in train]
-        self.heldout_prompts = [record["prompt"] for record in heldout]
+        self.metadata = {}  # of each prompt, its record in the benchmark's format
+        super().__init__(prompts, heldout_prompts, ",".join(models), self.coco)
 
     def read(self, file):
-        """The records of a file in the benchmark's format."""
-        records = read_records(file)
-        for where, record in records:
+        prompts = []
+        for where, record in read_records(file):
             include, exclude = record.get("include"), record.get("exclude", [])
             lists = isinstance(include, list) and include and isinstance(exclude, list)
             require(lists, f"{where}: include and exclude must be lists of clauses")
@@ -443,7 +420,9 @@ class GenEval(Task):
             for number, clause in enumerate(include + exclude):
                 require(isinstance(clause, dict), f"{where}: clause {clause} must be an object")
                 self.check(where, clause, number)
-        return [record for _, record in records]
+            self.metadata[record["prompt"]] = record
+            prompts.append(record["prompt"])
+        return prompts
 
     def check(self, where, clause, number):
         """UserError if a field of a clause is not as the benchmark has it."""
@@ -463,21 +442,21 @@ class GenEval(Task):
         words = set()
         for clause in self.metadata[prompt]["include"]:
             name = clause["class"]
-            words |= {name, plural(name)}
-            words.add(name + ("es" if name[-1] == "s" else "s"))  # the benchmark's own plural
-            words |= {NUMBERS.get(clause["count"]), clause.get("color")}
-            words.add(clause.get("position", [None])[0])
+            benchmark_plural = name + ("es" if name[-1] == "s" else "s")
+            words |= {name, plural(name), benchmark_plural, NUMBERS.get(clause["count"])}
+            words |= {clause.get("color"), clause.get("position", [None])[0]}
         words = sorted(words - {None}, key=len, reverse=True)
         pattern = "|".join(map(re.escape, words))
         return [match.span() for match in re.finditer(rf"\b({pattern})\b", prompt)]
 
     def load(self, device):
-        size = dict(size=DETECTOR_SIZE) if self.coco else {}
-        kind = transformers.AutoImageProcessor
-        self.detector_processor = load_part(kind, self.models[0], **size)
-        self.detector = load_model(segmenter_class(), self.models[0], device)
-        self.clip_processor = load_part(transformers.AutoProcessor, self.models[1])
-        self.clip = load_model(transformers.CLIPModel, self.models[1], device)
+        detector, clip = self.models
+        # the size to which the benchmark scales images
+        size = dict(size=dict(shortest_edge=800, longest_edge=1333)) if self.coco else {}
+        self.detector_processor = load_part(transformers.AutoImageProcessor, detector, **size)
+        self.detector = load_model(segmenter_class(), detector, device)
+        self.clip_processor = load_part(transformers.AutoProcessor, clip)
+        self.clip = load_model(transformers.CLIPModel, clip, device)
 
     @torch.inference_mode()
     def detect(self, images):
@@ -488,19 +467,16 @@ class GenEval(Task):
             batch = images[start : start + batch_size]
             pixels = processor(images=batch, return_tensors="pt").pixel_values
             output = self.detector(pixels.to(self.detector.device, self.detector.dtype))
-            options = dict(threshold=CONFIDENCE, return_binary_maps=True)
-            options["target_sizes"] = [image.size[::-1] for image in batch]
+            sizes = [image.size[::-1] for image in batch]
+            options = dict(threshold=CONFIDENCE, return_binary_maps=True, target_sizes=sizes)
             for one in processor.post_process_instance_segmentation(output, **options):
-                found = {}
-                for mask, segment in zip(one["segmentation"], one["segments_info"]):
-                    mask = mask.cpu() > 0
-                    y, x = mask.nonzero(as_tuple=True)
-                    box = tuple(map(int, (x.min(), y.min(), x.max() + 1, y.max() + 1)))
+                found, pairs = {}, zip(one["segmentation"], one["segments_info"])
+                for mask, segment in sorted(pairs, key=lambda pair: -pair[1]["score"]):
                     objects = found.setdefault(self.labels[segment["label_id"]], [])
-                    objects.append(Detection(segment["score"], box, mask))
-                for objects in found.values():
-                    objects.sort(key=lambda one: -one.confidence)
-                    del objects[MOST_OBJECTS:]
+                    if len(objects) < MOST_OBJECTS:
+                        mask = mask.cpu() > 0
+                        box = Image.fromarray(mask.numpy()).getbbox()
+                        objects.append(Detection(segment["score"], box, mask))
                 results.append(found)
         return results
 
@@ -531,8 +507,7 @@ class GenEval(Task):
             least = COUNTING_CONFIDENCE if metadata["tag"] == "counting" else CONFIDENCE
             for name, objects in found.items():
                 found[name] = [one for one in objects if one.confidence > least]
-            colours_of = functools.partial(self.colours, image)
-            verdicts.append(judge(found, metadata, colours_of))
+            verdicts.append(judge(found, metadata, functools.partial(self.colours, image)))
         return verdicts
 
     def reward(self, images, prompts):
@@ -540,10 +515,7 @@ class GenEval(Task):
         return [credit for _, credit in self.verdicts(images, prompts)]
 
     def report(self, images, prompts):
-        """The benchmark's score: per category the share of correct images, and their mean.
-
-        The name of the mean says which of the benchmark's six categories are missing.
-        """
+        """The benchmark's score: per category the share of correct images, and their mean."""
         strict = {}
         for prompt, (correct, _) in zip(prompts, self.verdicts(images, prompts)):
             strict.setdefault(self.metadata[prompt]["tag"], []).append(correct)
@@ -576,7 +548,6 @@ class PickScore(Task):
 
     @torch.inference_mode()
     def reward(self, images, prompts, batch_size=32):
-        """Logit scale times cosine of each image with its prompt, [len(images)]."""
         rewards, clip = [], self.clip
         options = dict(padding=True, truncation=True, return_tensors="pt")
         for start in range(0, len(images), batch_size):
@@ -640,38 +611,27 @@ def task_class(name):
     return task
 
 
-def parts_of(description):
-    """--task as (name, weight) pairs: `ocr` is [("ocr", 1)], `ocr:0.7,pickscore:0.3` has two."""
-    parts = []
-    for part in description.split(","):
-        name, _, weight = part.rpartition(":")
-        number = re.fullmatch(r"-?\d+(\.\d*)?", weight)
-        parts.append((name, float(weight)) if number else (part, 1.0))
-    return parts
-
-
-def make_task(
-    description, prompts=None, heldout_prompts=None, models=None, full_size=False, monitors=""
-):
+def make_task(text, prompts=None, heldout_prompts=None, models=None, full_size=False, monitors=""):
     """The task that --task describes. Several share the prompts of the first.
 
     `models`: names separated by semicolons, one entry per task; empty for the task's own.
     `monitors`: names of tasks separated by commas.
     """
-    parts = parts_of(description)
+    # The part "ocr:0.7" has the name ocr and the weight 0.7.
+    parts = [re.fullmatch(r"(?s)(.*?)(?::(-?\d+\.?\d*))?", part) for part in text.split(",")]
+    names, weights = [part[1] for part in parts], [float(part[2] or 1) for part in parts]
     models = models.split(";") if models else []
-    weights = [weight for _, weight in parts]
     good = min(weights) >= 0 and sum(weights) > 0
-    require(good, f"--task {description}: weights must be 0 or more and their sum above 0")
-    fit = f"--reward-model is for {len(models)} tasks, but --task {description} has {len(parts)}"
-    require(len(models) <= len(parts), fit)
+    require(good, f"--task {text}: weights must be 0 or more and their sum above 0")
+    fit = f"--reward-model is for {len(models)} tasks, but --task {text} has {len(names)}"
+    require(len(models) <= len(names), fit)
     tasks = []
-    for (name, _), model in itertools.zip_longest(parts, models):
+    for name, model in itertools.zip_longest(names, models):
         tasks.append(task_class(name)(prompts, heldout_prompts, model, full_size))
         prompts, heldout_prompts = tasks[0].files
     same = all(task.prompts == tasks[0].prompts for task in tasks)
-    require(same, f"--task {description}: give --prompts and --heldout-prompts that all can read")
+    require(same, f"--task {text}: give --prompts and --heldout-prompts that all can read")
     task = Mixture(tasks, weights) if len(tasks) > 1 else tasks[0]
-    names = filter(None, monitors.split(","))
-    task.monitors = [task_class(name)(*tasks[0].files, full_size=full_size) for name in names]
+    watched = filter(None, monitors.split(","))
+    task.monitors = [task_class(name)(*tasks[0].files, full_size=full_size) for name in watched]
     return task

@@ -43,36 +43,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import diffusers
+import numpy
 import torch
 import torch.nn.functional as F
+import transformers
 from PIL import Image, ImageFilter, ImageOps
-from safetensors import safe_open
-from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from tqdm import tqdm
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessorPil,
-    CLIPModel,
-    CLIPProcessor,
-    CLIPTextConfig,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    Mask2FormerConfig,
-    Mask2FormerImageProcessorPil,
-    PreTrainedTokenizerFast,
-    SwinConfig,
-    T5Config,
-    T5EncoderModel,
-    T5Tokenizer,
-    TrOCRConfig,
-    TrOCRForCausalLM,
-    TrOCRProcessor,
-    VisionEncoderDecoderModel,
-    ViTConfig,
-    ViTImageProcessorPil,
-    ViTModel,
-)
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import rewards
@@ -360,12 +337,11 @@ def poster(rng, texts):
     The autoencoder must see many of them before it preserves every stroke.
     """
     image = Image.new("RGB", (SIZE, SIZE), rng.choice(list(COLOURS.values())))
-    for x in (4, 20):
-        for y in (0, 8, 16, 24):
-            if rng.random() < 0.8:
-                colour, text = rng.choice(SIGN_COLOURS), rng.choice(texts)
-                ink = rng.choice([rng.uniform(*FADED), rng.uniform(0.6, 1.0)])
-                draw_sign(image, colour, text, x, y, ink)
+    for place in PLACES:
+        if rng.random() < 0.8:
+            colour, text = rng.choice(SIGN_COLOURS), rng.choice(texts)
+            ink = rng.choice([rng.uniform(*FADED), rng.uniform(0.6, 1.0)])
+            draw_sign(image, colour, text, *place, ink)
     if rng.random() < 0.5:
         for x, y in itertools.product((0, 16), (0, 16)):
             shape, colour = rng.choice(SHAPES), rng.choice(list(COLOURS))
@@ -375,8 +351,7 @@ def poster(rng, texts):
 
 def to_tensor(images):
     """Convert PIL pictures to a float tensor [N, 3, 32, 32] in [-1, 1]."""
-    flat = torch.frombuffer(bytearray(b"".join(i.tobytes() for i in images)), dtype=torch.uint8)
-    return flat.view(len(images), SIZE, SIZE, 3).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.tensor(numpy.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 class Signs(Task):
@@ -385,8 +360,6 @@ class Signs(Task):
     A monitor: the OCR reward does not mind if a text is written twice.
     """
 
-    colours = dict(white=(245.0, 245, 245), yellow=(250.0, 220, 60), pink=(245.0, 150, 190))
-
     def reward(self, images, prompts):
         """How many of the eight places of a sign show one, [len(images)].
 
@@ -394,13 +367,12 @@ class Signs(Task):
         """
         counts = []
         for image, prompt in zip(images, prompts):
-            asked = re.search(r"(white|yellow|pink) sign", prompt)
+            asked = re.search(rf"({'|'.join(SIGN_COLOURS)}) sign", prompt)
             if not asked or min(image.size) < 16:  # no place fits
                 counts.append(0)
                 continue
-            colour = torch.tensor(self.colours[asked[1]])
-            pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).float()
-            pixels = pixels.view(image.height, image.width, 3)[:, 3:]
+            colour = torch.tensor(COLOURS[asked[1]]).float()
+            pixels = torch.tensor(numpy.array(image)).float()[:, 3:]
             shade = (pixels @ colour) / (colour @ colour)  # 0 is black
             near = (pixels - shade[..., None] * colour).norm(dim=-1) < 45
             both = torch.stack([near, near & (shade > 0.6)]).float()
@@ -511,6 +483,30 @@ def build_prompts(device):
         write(name, (rng.choice(SCENES).format(rng.choice(own)) for _ in range(count)))
 
 
+# ------------------------------------------------------------------------------------- the training
+
+
+def training(model, name, steps, rate=1e-3, decay=0.01, warmup=0.1, max_norm=1.0):
+    """Yield `steps` times the function update(loss, **shown), which takes a step of AdamW.
+
+    The progress bar shows the loss and the numbers `shown`.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=warmup)
+
+    def update(loss, **shown):
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
+        schedule.step()
+        numbers = dict(loss=loss, **shown)
+        bar.set_postfix({key: each.item() for key, each in numbers.items()}, refresh=False)
+
+    for _ in (bar := tqdm(range(steps), desc=name)):
+        yield update
+
+
 # ------------------------------------------------------------------------------------------ the VAE
 
 
@@ -531,26 +527,18 @@ def build_vae(device):
         use_quant_conv=False,
         use_post_quant_conv=False,
     ).to(device)
-    steps, batch = 3000, 16
     texts = all_targets(False)
     shots = [picture(rng, texts, mistakes=(0.6, 0.6))["image"] for _ in range(12000)]
     shots += [poster(rng, texts) for _ in range(6000)]
     shots = to_tensor(shots).to(device)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.05)
-    for step in (bar := tqdm(range(steps), desc="vae")):
-        x = shots[torch.randint(len(shots), (batch,), device=device)]
+    for update in training(vae, "vae", 3000, rate=2e-3, decay=0, warmup=0.05, max_norm=math.inf):
+        x = shots[torch.randint(len(shots), (16,), device=device)]
         posterior = vae.encode(x).latent_dist
         decoded = vae.decode(posterior.sample()).sample
         loss_pixels = F.l1_loss(decoded, x)
         loss = loss_pixels + 2 * F.mse_loss(decoded, x)
         loss = loss + 5e-4 * posterior.kl().mean() / posterior.mean[0].numel()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if step % 20 == 0:
-            bar.set_postfix(l1=f"{loss_pixels.item():.4f}")
+        update(loss, l1=loss_pixels)
     with torch.no_grad():
         latents = vae.encode(shots[:1000]).latent_dist.mean
     vae.register_to_config(
@@ -569,17 +557,6 @@ OTHER_WORDS = """left right of above below wall sign with and a an the photo pic
 WORDS = sorted({*COLOURS, *SHAPES, *map(plural, SHAPES), *NUMBERS.values(), *OTHER_WORDS})
 
 
-def join(pieces, left, right):
-    """Apply one byte-pair merge: each `left` followed by `right` becomes one piece."""
-    joined = []
-    for piece in pieces:
-        if joined and joined[-1] == left and piece == right:
-            joined[-1] = left + right
-        else:
-            joined.append(piece)
-    return joined
-
-
 def clip_tokenizer():
     """Build a byte-level BPE tokenizer like CLIP's.
 
@@ -591,16 +568,32 @@ def clip_tokenizer():
     for piece in alphabet + [a + "</w>" for a in alphabet]:
         vocab[piece] = len(vocab)
     merges = []
+
+    def split(word):
+        bpe = models.BPE(vocab, merges, end_of_word_suffix="</w>")
+        return [token.value for token in bpe.tokenize(word)]
+
     for word in WORDS:
-        pieces = [*word[:-1], word[-1] + "</w>"]
-        for left, right in merges:  # earlier merges also apply to this word
-            pieces = join(pieces, left, right)
-        while len(pieces) > 1:
+        while len(pieces := split(word)) > 1:
             left, right = next(p for p in pairwise(pieces) if set("".join(p)) & set("aeiou"))
             merges.append((left, right))
             vocab[left + right] = len(vocab)
-            pieces = join(pieces, left, right)
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TOKENS)
+    return transformers.CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TOKENS)
+
+
+def clip_text_config(tokenizer, width, heads):
+    """The configuration of a text encoder of CLIP, as a dict."""
+    return dict(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        max_position_embeddings=TOKENS,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
 
 
 def t5_tokenizer():
@@ -608,7 +601,7 @@ def t5_tokenizer():
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0), ('▁"', -2.0)]
     vocab += [("▁" + word, -2.0) for word in WORDS]
     vocab += [(chr(code), -6.0) for code in range(33, 127)]
-    return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=TOKENS)
+    return transformers.T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=TOKENS)
 
 
 # ----------------------------------------------------------------------------------- the flow model
@@ -620,24 +613,12 @@ def make_pipeline():
     tokenizer, tokenizer_3 = clip_tokenizer(), t5_tokenizer()
 
     def clip():
-        return CLIPTextModelWithProjection(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=48,
-                intermediate_size=96,
-                projection_dim=48,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                max_position_embeddings=TOKENS,
-                hidden_act="gelu",
-                bos_token_id=0,
-                eos_token_id=1,
-                pad_token_id=1,
-            )
-        )
+        sizes = clip_text_config(tokenizer, width=48, heads=2)
+        config = transformers.CLIPTextConfig(**sizes, projection_dim=48, hidden_act="gelu")
+        return transformers.CLIPTextModelWithProjection(config)
 
-    t5 = T5EncoderModel(
-        T5Config(
+    t5 = transformers.T5EncoderModel(
+        transformers.T5Config(
             vocab_size=len(tokenizer_3),
             d_model=96,
             d_kv=24,
@@ -753,28 +734,18 @@ def build_flow(device):
     wrong = torch.tensor([not shot["right"] for shot in shots])
 
     flow = FlowMatching(pipeline).train()
-    weights = {name: one for name, one in flow.named_parameters() if one.requires_grad}
-    average = {name: one.detach().clone() for name, one in weights.items()}
-    optimizer = torch.optim.AdamW(
-        weights.values(), betas=(0.9, 0.98), weight_decay=0.01, fused=True
-    )
-    everything = {}  # that a checkpoint must hold
-    for name, one in weights.items():
-        moments = dict(exp_avg=torch.zeros_like(one), exp_avg_sq=torch.zeros_like(one))
-        optimizer.state[one] = dict(step=torch.tensor(0.0, device=device), **moments)
-        parts = dict(weight=one, average=average[name], **moments)
-        everything |= {f"{part}.{name}": tensor for part, tensor in parts.items()}
+    weights = [weight for weight in flow.parameters() if weight.requires_grad]
+    average = [weight.detach().clone() for weight in weights]
+    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     if device == "cpu" and shutil.which("g++"):
         flow.transformer.compile(dynamic=False)  # a quarter faster, where there is a compiler
     torch.set_float32_matmul_precision("high")  # for a GPU
-    checkpoint, first, running, graphs = STATE / "flow.safetensors", 0, None, {}
+    checkpoint, first, running, graphs = STATE / "flow.pt", 0, None, {}
     if checkpoint.exists():
-        with safe_open(checkpoint, "pt") as file, torch.no_grad():
-            first = int(file.metadata()["step"])
-            for name, tensor in everything.items():
-                tensor.copy_(file.get_tensor(name))
-        for values in optimizer.state.values():
-            values["step"].fill_(first)
+        state = torch.load(checkpoint, device)
+        first, average = state["steps"], state["average"]
+        flow.load_state_dict(state["flow"])
+        optimizer.load_state_dict(state["optimizer"])
     for step in (bar := tqdm(range(first, FLOW_STEPS), "flow", FLOW_STEPS, initial=first)):
         torch.manual_seed(step)  # so that a continued training draws the same numbers
         late, fixed = step >= FLOW_STEPS * 3 // 4, step >= FLOW_STEPS // 2
@@ -809,31 +780,36 @@ def build_flow(device):
         loss = step_loss(*inputs)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
         for group in optimizer.param_groups:
             group["lr"] = FLOW_RATE * min(1, (step + 1) / 200, 2.5 * (1 - step / FLOW_STEPS))
         optimizer.step()
         with torch.no_grad():
-            torch._foreach_lerp_(
-                list(average.values()),
-                list(weights.values()),
-                1 - min(0.999, (step + 1) / (step + 10)),
-            )
+            torch._foreach_lerp_(average, weights, 1 - min(0.999, (step + 1) / (step + 10)))
         if not long:
             running = loss.item() if running is None else 0.99 * running + 0.01 * loss.item()
             bar.set_postfix(loss=f"{running:.4f}", refresh=False)
         if (step + 1) % 500 == 0 or step + 1 == FLOW_STEPS:
+            state = dict(steps=step + 1, average=average, flow=flow.state_dict())
+            state["optimizer"] = optimizer.state_dict()
             partial = checkpoint.with_suffix(".partial")
-            save_file(everything, partial, metadata={"step": str(step + 1)})
+            torch.save(state, partial)
             partial.replace(checkpoint)
-    with torch.no_grad():
-        for name, one in weights.items():
-            one.copy_(average[name])
-    pipeline.save_pretrained(HERE / "sd3")
+    with rewards.replaced(weights, average):
+        pipeline.save_pretrained(HERE / "sd3")
     checkpoint.unlink()  # the next training starts from nothing
 
 
 # --------------------------------------------------------------------------------------- the reader
+
+VISION_CONFIG = dict(  # of the reader and of the CLIP
+    hidden_size=96,
+    intermediate_size=192,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    image_size=SIZE,
+    patch_size=4,
+)
 
 
 def readable(rng):
@@ -866,7 +842,7 @@ def build_ocr(device):
     characters.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", 2)]
     )
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=characters,
         pad_token="<pad>",
         bos_token="<s>",
@@ -874,19 +850,10 @@ def build_ocr(device):
         unk_token="<unk>",
         model_max_length=8,
     )
-    encoder = ViTModel(
-        ViTConfig(
-            hidden_size=96,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            intermediate_size=192,
-            image_size=SIZE,
-            patch_size=4,
-        ),
-        add_pooling_layer=False,
-    )
-    decoder = TrOCRForCausalLM(
-        TrOCRConfig(
+    config = transformers.ViTConfig(**VISION_CONFIG)
+    encoder = transformers.ViTModel(config, add_pooling_layer=False)
+    decoder = transformers.TrOCRForCausalLM(
+        transformers.TrOCRConfig(
             vocab_size=len(tokenizer),
             d_model=96,
             decoder_layers=2,
@@ -899,34 +866,26 @@ def build_ocr(device):
             cross_attention_hidden_size=96,
         )
     )
-    model = VisionEncoderDecoderModel(encoder=encoder, decoder=decoder)
+    model = transformers.VisionEncoderDecoderModel(encoder=encoder, decoder=decoder)
     for config in (model.config, model.generation_config):
         config.pad_token_id, config.bos_token_id = 0, 1
         config.eos_token_id, config.decoder_start_token_id = 2, 1
     model.generation_config.max_length = 8
     model.to(device).train()
-    pictures = ViTImageProcessorPil(size={"height": SIZE, "width": SIZE}, resample=0)
-    processor = TrOCRProcessor(pictures, tokenizer)
+    pictures = transformers.ViTImageProcessorPil(size={"height": SIZE, "width": SIZE}, resample=0)
+    processor = transformers.TrOCRProcessor(pictures, tokenizer)
 
     shots = [readable(rng) for _ in tqdm(range(40000), desc="pictures")]
     images = to_tensor([s["image"] for s in shots])
     labels = tokenizer([s["text"] for s in shots], padding=True, return_tensors="pt").input_ids
     labels[labels == 0] = -100
-    steps, batch = 3500, 64
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.1)
-    for step in (bar := tqdm(range(steps), desc="ocr")):
+    batch = 64
+    for update in training(model, "ocr", 3500):
         chosen = torch.randint(len(images), (batch,))
         x = images[chosen]
         x = x + torch.rand(batch, 1, 1, 1) * 0.25 * torch.randn_like(x)
         loss = model(pixel_values=x.clamp(-1, 1).to(device), labels=labels[chosen].to(device)).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.4f}")
+        update(loss)
     model.eval().save_pretrained(HERE / "ocr")
     processor.save_pretrained(HERE / "ocr")
 
@@ -960,18 +919,15 @@ def degraded(rng, image):
 def cut_out(rng, shot):
     """Cut one object out of a picture and put it on grey.
 
-    The mask is as coarse as the detector's. Returns (image, (colour, shape)), or None if there is
-    no object.
+    The mask is as coarse as the detector's. Returns (image, colour).
     """
-    if not shot["objects"]:
-        return None
     shape, colour, x, y = rng.choice(shot["objects"])
     mask = shape_mask(shape, x, y).resize((SIZE // 2, SIZE // 2), Image.BOX)
     mask = mask.resize((SIZE, SIZE), Image.BILINEAR)
     threshold = rng.choice([60, 127, 150])
     mask = mask.point(lambda value: 255 * (value > threshold))
     cut = Image.composite(shot["image"], Image.new("RGB", (SIZE, SIZE), "#999"), mask)
-    return cut.crop(mask.getbbox()), (colour, shape)
+    return cut.crop(mask.getbbox()), colour
 
 
 def pair(rng, texts):
@@ -993,42 +949,25 @@ def build_clip(device):
     torch.manual_seed(5)
     rng, texts = random.Random(5), all_targets(False)
     tokenizer = clip_tokenizer()
-    config = CLIPConfig(
-        text_config=dict(
-            vocab_size=len(tokenizer),
-            hidden_size=96,
-            intermediate_size=192,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=TOKENS,
-            bos_token_id=0,
-            eos_token_id=1,
-            pad_token_id=1,
-        ),
-        vision_config=dict(
-            hidden_size=96,
-            intermediate_size=192,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            image_size=SIZE,
-            patch_size=4,
-        ),
+    config = transformers.CLIPConfig(
+        text_config=clip_text_config(tokenizer, width=96, heads=4),
+        vision_config=VISION_CONFIG,
         projection_dim=64,
     )
-    model = CLIPModel(config).to(device).train()
-    pictures = CLIPImageProcessorPil(
+    model = transformers.CLIPModel(config).to(device).train()
+    pictures = transformers.CLIPImageProcessorPil(
         size={"shortest_edge": SIZE},
         crop_size={"height": SIZE, "width": SIZE},
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     )
-    processor = CLIPProcessor(pictures, tokenizer)
+    processor = transformers.CLIPProcessor(pictures, tokenizer)
     shots, spoiled = zip(*(pair(rng, texts) for _ in tqdm(range(20000), desc="pictures")))
     clean, spoiled = to_tensor([shot["image"] for shot in shots]), to_tensor(spoiled)
-    cuts = [cut for cut in (cut_out(rng, shot) for shot in shots[:8000]) if cut]
+    cuts = [cut_out(rng, shot) for shot in shots[:8000] if shot["objects"]]
     cut_pixels = pictures([image for image, _ in cuts], return_tensors="pt").pixel_values
     names = list(COLOURS)
-    cut_colours = torch.tensor([names.index(colour) for _, (colour, _) in cuts])
+    cut_colours = torch.tensor([names.index(colour) for _, colour in cuts])
 
     def tokenize(sentences):
         return tokenizer(sentences, padding="max_length", return_tensors="pt").input_ids
@@ -1038,10 +977,8 @@ def build_clip(device):
         [tokenize([p.format(colour=colour, name=shape) for colour in names]) for shape in SHAPES]
         for p in COLOUR_PROMPTS
     ]
-    steps, batch = 1500, 64
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.1)
-    for step in (bar := tqdm(range(steps), desc="clip")):
+    batch = 64
+    for update in training(model, "clip", 1500):
         chosen, cut = torch.randint(len(shots), (batch,)), torch.randint(len(cuts), (batch // 2,))
         noise = torch.rand(batch, 1, 1, 1) * 0.1
         noisy = clean[chosen] + noise * torch.randn(batch, 3, SIZE, SIZE)
@@ -1057,19 +994,9 @@ def build_clip(device):
         loss_match = (F.cross_entropy(match, own) + F.cross_entropy(match.T, own)) / 2
         loss_clean = -F.logsigmoid(match.diagonal() - scale * (bad * described).sum(-1)).mean()
         loss_colour = F.cross_entropy(scale * single @ colours.T, cut_colours[cut].to(device))
-        optimizer.zero_grad()
-        (loss_match + loss_clean + 0.5 * loss_colour).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        loss = loss_match + loss_clean + 0.5 * loss_colour
+        update(loss, match=loss_match, clean=loss_clean, colour=loss_colour, scale=scale)
         model.logit_scale.data.clamp_(max=math.log(100))
-        if step % 20 == 0:
-            bar.set_postfix(
-                match=f"{loss_match.item():.3f}",
-                clean=f"{loss_clean.item():.3f}",
-                colour=f"{loss_colour.item():.3f}",
-                scale=f"{scale.item():.1f}",
-            )
     model.eval().save_pretrained(HERE / "clip")
     processor.save_pretrained(HERE / "clip")
 
@@ -1089,7 +1016,7 @@ def build_detector(device):
     """
     torch.manual_seed(6)
     rng, texts = random.Random(6), all_targets(False)
-    backbone = SwinConfig(
+    backbone = transformers.SwinConfig(
         image_size=SIZE,
         patch_size=2,
         embed_dim=32,
@@ -1099,7 +1026,7 @@ def build_detector(device):
         drop_path_rate=0.0,
         out_features=["stage1", "stage2", "stage3", "stage4"],
     )
-    config = Mask2FormerConfig(
+    config = transformers.Mask2FormerConfig(
         backbone_config=backbone,
         feature_size=64,
         mask_feature_size=64,
@@ -1128,9 +1055,8 @@ def build_detector(device):
             cell = (y + SPRITE // 2) // CELL * (SIZE // CELL) + (x + SPRITE // 2) // CELL
             kinds[cell] = SHAPES.index(shape)
             small = shape_mask(shape, x, y).resize((SIZE // 2, SIZE // 2), Image.BOX)
-            cover = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8)
             # The target has sharp edges. With soft edges the confidence would stay below 0.9.
-            found[cell] = cover.view(SIZE // 2, SIZE // 2) > 127
+            found[cell] = torch.tensor(numpy.array(small)) > 127
         classes.append(kinds)
         masks.append(found)
         image = shot["image"]
@@ -1139,10 +1065,8 @@ def build_detector(device):
         images.append(image)
     classes, masks, images = torch.stack(classes), torch.stack(masks), to_tensor(images)
     rarity = torch.tensor([1.0] * nothing + [0.3], device=device)
-    steps, batch = 1200, 32
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.1)
-    for step in (bar := tqdm(range(steps), desc="detector")):
+    batch = 32
+    for update in training(model, "detector", 1200):
         chosen = torch.randint(len(images), (batch,))
         noise = torch.rand(batch, 1, 1, 1) * 0.2 * torch.randn(batch, 3, SIZE, SIZE)
         pixels = images[chosen] + noise
@@ -1161,20 +1085,10 @@ def build_detector(device):
             loss_class = F.cross_entropy(scores.flatten(0, 1), kinds.flatten(), rarity)
             loss_mask = F.binary_cross_entropy_with_logits(predicted, wanted)
             loss = loss + loss_class + loss_dice + 5 * loss_mask
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 10 == 0:
-            agree = (scores.argmax(-1) == kinds).all(1).float().mean()
-            bar.set_postfix(
-                loss_class=f"{loss_class.item():.4f}",
-                dice=f"{loss_dice.item():.3f}",
-                exact=f"{agree.item():.2f}",
-            )
+        exact = (scores.argmax(-1) == kinds).all(1).float().mean()
+        update(loss, loss_class=loss_class, dice=loss_dice, exact=exact)
     model.eval().save_pretrained(HERE / "detector")
-    processor = Mask2FormerImageProcessorPil(
+    processor = transformers.Mask2FormerImageProcessorPil(
         size={"height": SIZE, "width": SIZE},
         size_divisor=SIZE,
         image_mean=[0.5] * 3,
