@@ -48,6 +48,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image, ImageFilter, ImageOps
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from tqdm import tqdm
 
@@ -734,18 +736,28 @@ def build_flow(device):
     wrong = torch.tensor([not shot["right"] for shot in shots])
 
     flow = FlowMatching(pipeline).train()
-    weights = [weight for weight in flow.parameters() if weight.requires_grad]
-    average = [weight.detach().clone() for weight in weights]
-    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    weights = {name: one for name, one in flow.named_parameters() if one.requires_grad}
+    average = {name: one.detach().clone() for name, one in weights.items()}
+    optimizer = torch.optim.AdamW(
+        weights.values(), betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
+    everything = {}  # that a checkpoint must hold
+    for name, one in weights.items():
+        moments = dict(exp_avg=torch.zeros_like(one), exp_avg_sq=torch.zeros_like(one))
+        optimizer.state[one] = dict(step=torch.tensor(0.0, device=device), **moments)
+        parts = dict(weight=one, average=average[name], **moments)
+        everything |= {f"{part}.{name}": tensor for part, tensor in parts.items()}
     if device == "cpu" and shutil.which("g++"):
         flow.transformer.compile(dynamic=False)  # a quarter faster, where there is a compiler
     torch.set_float32_matmul_precision("high")  # for a GPU
-    checkpoint, first, running, graphs = STATE / "flow.pt", 0, None, {}
+    checkpoint, first, running, graphs = STATE / "flow.safetensors", 0, None, {}
     if checkpoint.exists():
-        state = torch.load(checkpoint, device)
-        first, average = state["steps"], state["average"]
-        flow.load_state_dict(state["flow"])
-        optimizer.load_state_dict(state["optimizer"])
+        with safe_open(checkpoint, "pt") as file, torch.no_grad():
+            first = int(file.metadata()["step"])
+            for name, tensor in everything.items():
+                tensor.copy_(file.get_tensor(name))
+        for values in optimizer.state.values():
+            values["step"].fill_(first)
     for step in (bar := tqdm(range(first, FLOW_STEPS), "flow", FLOW_STEPS, initial=first)):
         torch.manual_seed(step)  # so that a continued training draws the same numbers
         late, fixed = step >= FLOW_STEPS * 3 // 4, step >= FLOW_STEPS // 2
@@ -780,23 +792,27 @@ def build_flow(device):
         loss = step_loss(*inputs)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = FLOW_RATE * min(1, (step + 1) / 200, 2.5 * (1 - step / FLOW_STEPS))
         optimizer.step()
         with torch.no_grad():
-            torch._foreach_lerp_(average, weights, 1 - min(0.999, (step + 1) / (step + 10)))
+            torch._foreach_lerp_(
+                list(average.values()),
+                list(weights.values()),
+                1 - min(0.999, (step + 1) / (step + 10)),
+            )
         if not long:
             running = loss.item() if running is None else 0.99 * running + 0.01 * loss.item()
             bar.set_postfix(loss=f"{running:.4f}", refresh=False)
         if (step + 1) % 500 == 0 or step + 1 == FLOW_STEPS:
-            state = dict(steps=step + 1, average=average, flow=flow.state_dict())
-            state["optimizer"] = optimizer.state_dict()
             partial = checkpoint.with_suffix(".partial")
-            torch.save(state, partial)
+            save_file(everything, partial, metadata={"step": str(step + 1)})
             partial.replace(checkpoint)
-    with rewards.replaced(weights, average):
-        pipeline.save_pretrained(HERE / "sd3")
+    with torch.no_grad():
+        for name, one in weights.items():
+            one.copy_(average[name])
+    pipeline.save_pretrained(HERE / "sd3")
     checkpoint.unlink()  # the next training starts from nothing
 
 
