@@ -398,79 +398,7 @@ PART = 100  # tensors per file of a checkpoint: what is written is copied to mai
 
 
 class Trainer:
-    """The models and the optimizer; `iterate` is one round of sample, score and update."""
-
-    def __init__(self, args, task):
-        self.args, self.task = args, task
-        home = "cpu" if args.offload else args.device  # of what is not trained
-        for each in (task, *task.monitors):
-            each.load(args.device)
-        for network in tasks.networks(task, *task.monitors):
-            network.to(home)
-        frozen = torch.bfloat16 if args.bfloat16 else torch.float32
-        parts = dict(dtype={"transformer": torch.float32, "vae": torch.float32, "default": frozen})
-        parts |= {} if args.t5 else dict(text_encoder_3=None, tokenizer_3=None)
-        with naming(f"--model {args.model}", weights=True):
-            self.pipe = pipe = load_pipeline(args.model, **parts)
-            for each in [pipe.tokenizer, pipe.tokenizer_2, pipe.tokenizer_3][: 2 + args.t5]:
-                whole = each is not None and len(each) > 2 and each.model_max_length < 10**6
-                require(whole, f"--model {args.model} has no tokenizer, or files of it are missing")
-        # explicit dtypes, for without the package accelerate the loader may keep those of the file
-        pipe.vae.to(args.device, torch.float32).requires_grad_(False)
-        pipe.vae.enable_slicing()  # decode one image at a time
-        for encoder in text_encoders(pipe):
-            encoder.to(home, frozen)
-        self.transformer = pipe.transformer.to(args.device, torch.float32)
-        self.weights = list(self.transformer.parameters())
-        # the starting weights, and the EMA: lists of tensors like `weights`
-        self.reference = self.ema = None
-        if args.kl_weight > 0:  # a file of this dtype is mapped: it takes no main memory
-            options = dict(subfolder="transformer", use_safetensors=True, dtype=frozen)
-            start = type(self.transformer).from_pretrained(args.model, **options).to(home, frozen)
-            self.reference = [weight.data for weight in start.parameters()]
-        if args.ema_decay > 0:
-            self.ema = [weight.data.to(home, copy=True) for weight in self.weights]
-        if args.gradient_checkpointing:
-            self.transformer.enable_gradient_checkpointing()
-        if args.compile:
-            self.compile()
-        kind, options = torch.optim.AdamW, dict(fused=args.device == "cuda")
-        if args.optimizer == "adafactor":  # 1e-18: small gradients count; 1: steps like AdamW's
-            kind, options = torch.optim.Adafactor, dict(eps=(1e-18, 1.0))
-        options["weight_decay"] = args.weight_decay
-        self.optimizer = kind(self.weights, args.learning_rate, **options)
-        side = (args.height or 0) // pipe.vae_scale_factor or pipe.default_sample_size
-        self.shape = (self.transformer.config.in_channels, side, side)
-        options = dict(enabled=args.bfloat16, cache_enabled=False)  # no bfloat16 copies
-        self.autocast = torch.autocast(args.device, torch.bfloat16, **options)
-        self.empty_prompt = encode(pipe, [""], args.max_sequence_length)
-
-    def compile(self):
-        """Compile the blocks if torch.compile finds what it needs, such as a C++ compiler."""
-        try:
-            with naming("--compile is left out"):
-                torch.compile(lambda x: x.exp() + 1)(torch.ones(8, device=self.args.device))
-        except UserError as error:
-            return print(error)
-        torch._dynamo.config.skip_nnmodule_hook_guards = False  # see AttentionAllocator
-        torch._dynamo.config.cache_size_limit = 64  # with and without hooks, gradients, ...
-        for block in self.transformer.transformer_blocks:
-            block.compile()
-
-    def policy(self, steps):
-        self.pipe.scheduler.set_timesteps(steps)
-        sigmas, guidance = self.pipe.scheduler.sigmas.tolist(), self.args.guidance_scale
-        return Policy(self.transformer, sigmas, self.args.noise_level, guidance, self.empty_prompt)
-
-    def with_weights(self, values):
-        """The transformer with the reference or the EMA for weights, within the block."""
-        return replaced(self.weights, [value.to(self.args.device) for value in values])
-
-    def encode_prompts(self, prompts):
-        """Prompts -> (context [B, L, features], pooled [B, features], core tokens [B, L])."""
-        spans, length = map(self.task.core_spans, prompts), self.args.max_sequence_length
-        core = core_tokens_of(self.pipe, prompts, spans, length).to(self.args.device)
-        return *encode(self.pipe, prompts, length), core
+    """`iterate` is one round of sample, score and update. Below it are the models it needs."""
 
     def iterate(self, iteration):
         """Sample, score, update. Returns the metrics of the iteration."""
@@ -563,6 +491,78 @@ class Trainer:
                 done = (iteration - 1) * args.updates_per_iteration + number
                 update_ema(self.ema, self.weights, args.ema_decay, done)
         return {name: torch.stack(values).mean().item() for name, values in metrics.items()}
+
+    def __init__(self, args, task):
+        self.args, self.task = args, task
+        home = "cpu" if args.offload else args.device  # of what is not trained
+        for each in (task, *task.monitors):
+            each.load(args.device)
+        for network in tasks.networks(task, *task.monitors):
+            network.to(home)
+        frozen = torch.bfloat16 if args.bfloat16 else torch.float32
+        parts = dict(dtype={"transformer": torch.float32, "vae": torch.float32, "default": frozen})
+        parts |= {} if args.t5 else dict(text_encoder_3=None, tokenizer_3=None)
+        with naming(f"--model {args.model}", weights=True):
+            self.pipe = pipe = load_pipeline(args.model, **parts)
+            for each in [pipe.tokenizer, pipe.tokenizer_2, pipe.tokenizer_3][: 2 + args.t5]:
+                whole = each is not None and len(each) > 2 and each.model_max_length < 10**6
+                require(whole, f"--model {args.model} has no tokenizer, or files of it are missing")
+        # explicit dtypes, for without the package accelerate the loader may keep those of the file
+        pipe.vae.to(args.device, torch.float32).requires_grad_(False)
+        pipe.vae.enable_slicing()  # decode one image at a time
+        for encoder in text_encoders(pipe):
+            encoder.to(home, frozen)
+        self.transformer = pipe.transformer.to(args.device, torch.float32)
+        self.weights = list(self.transformer.parameters())
+        # the starting weights, and the EMA: lists of tensors like `weights`
+        self.reference = self.ema = None
+        if args.kl_weight > 0:  # a file of this dtype is mapped: it takes no main memory
+            options = dict(subfolder="transformer", use_safetensors=True, dtype=frozen)
+            start = type(self.transformer).from_pretrained(args.model, **options).to(home, frozen)
+            self.reference = [weight.data for weight in start.parameters()]
+        if args.ema_decay > 0:
+            self.ema = [weight.data.to(home, copy=True) for weight in self.weights]
+        if args.gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        if args.compile:
+            self.compile()
+        kind, options = torch.optim.AdamW, dict(fused=args.device == "cuda")
+        if args.optimizer == "adafactor":  # 1e-18: small gradients count; 1: steps like AdamW's
+            kind, options = torch.optim.Adafactor, dict(eps=(1e-18, 1.0))
+        options["weight_decay"] = args.weight_decay
+        self.optimizer = kind(self.weights, args.learning_rate, **options)
+        side = (args.height or 0) // pipe.vae_scale_factor or pipe.default_sample_size
+        self.shape = (self.transformer.config.in_channels, side, side)
+        options = dict(enabled=args.bfloat16, cache_enabled=False)  # no bfloat16 copies
+        self.autocast = torch.autocast(args.device, torch.bfloat16, **options)
+        self.empty_prompt = encode(pipe, [""], args.max_sequence_length)
+
+    def compile(self):
+        """Compile the blocks if torch.compile finds what it needs, such as a C++ compiler."""
+        try:
+            with naming("--compile is left out"):
+                torch.compile(lambda x: x.exp() + 1)(torch.ones(8, device=self.args.device))
+        except UserError as error:
+            return print(error)
+        torch._dynamo.config.skip_nnmodule_hook_guards = False  # see AttentionAllocator
+        torch._dynamo.config.cache_size_limit = 64  # with and without hooks, gradients, ...
+        for block in self.transformer.transformer_blocks:
+            block.compile()
+
+    def policy(self, steps):
+        self.pipe.scheduler.set_timesteps(steps)
+        sigmas, guidance = self.pipe.scheduler.sigmas.tolist(), self.args.guidance_scale
+        return Policy(self.transformer, sigmas, self.args.noise_level, guidance, self.empty_prompt)
+
+    def with_weights(self, values):
+        """The transformer with the reference or the EMA for weights, within the block."""
+        return replaced(self.weights, [value.to(self.args.device) for value in values])
+
+    def encode_prompts(self, prompts):
+        """Prompts -> (context [B, L, features], pooled [B, features], core tokens [B, L])."""
+        spans, length = map(self.task.core_spans, prompts), self.args.max_sequence_length
+        core = core_tokens_of(self.pipe, prompts, spans, length).to(self.args.device)
+        return *encode(self.pipe, prompts, length), core
 
     def generate(self, prompts):
         """One image per prompt, deterministic, from the same noise every time."""

@@ -549,9 +549,12 @@ def problem(save=Path("problem.png"), more=()):
         image, A, w = images[i], advantages[i], weights[i]
         tiles = [
             (image, f"reward {values[i]:.2f}, A = {A:+.1f}"),
-            (overlay(image, torch.full_like(w, 0.4), colour), "Flow-GRPO: A everywhere"),
-            (overlay(image, w / w.max(), "#f09010"), f"map w, up to {w.max():.1f}"),
-            (overlay(image, w / w.max(), colour), "STAR: w times A"),
+            (overlay(image, torch.full_like(w, 0.4), colour), f"Flow-GRPO: {A:+.1f} everywhere"),
+            (overlay(image, w / w.max(), "#f09010"), f"w: mean 1, {w.min():.1f} to {w.max():.1f}"),
+            (
+                overlay(image, w / w.max(), colour),
+                f"STAR: w A, {w.min() * A:+.1f} to {w.max() * A:+.1f}",
+            ),
         ]
         rows.append(draw_row("" if rows else prompt, tiles, side=208))
     rewards.write(save, make_image_grid(rows, rows=2, cols=1).save)
