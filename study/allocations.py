@@ -546,15 +546,12 @@ def problem(save=Path("problem.png"), more=()):
     samples, _, images, values, advantages = sample_groups(trainer, [prompt], (1, 2, 3))
     weights = star.allocation_weights(samples.maps, (8, 8))[:, 2]  # of step 3
     for i, colour in (values.argmax(), "#285ae6"), (values.argmin(), "#e61e1e"):
-        image, A, w = images[i], advantages[i], weights[i]
+        image, A, w, top = images[i], advantages[i], weights[i], weights[i].max()
         tiles = [
             (image, f"reward {values[i]:.2f}, A = {A:+.1f}"),
             (overlay(image, torch.full_like(w, 0.4), colour), f"Flow-GRPO: {A:+.1f} everywhere"),
-            (overlay(image, w / w.max(), "#f09010"), f"w: mean 1, {w.min():.1f} to {w.max():.1f}"),
-            (
-                overlay(image, w / w.max(), colour),
-                f"STAR: w A, {w.min() * A:+.1f} to {w.max() * A:+.1f}",
-            ),
+            (overlay(image, w / top, "#f09010"), f"w: mean 1, {w.min():.1f} to {top:.1f}"),
+            (overlay(image, w / top, colour), f"STAR: w A, {w.min() * A:+.1f} to {top * A:+.1f}"),
         ]
         rows.append(draw_row("" if rows else prompt, tiles, side=208))
     rewards.write(save, make_image_grid(rows, rows=2, cols=1).save)
