@@ -11,10 +11,9 @@ reinforcement learning makes those random choices more likely that led to good i
    divided by the standard deviation (`group_advantages`).
 3. Raise the probability of the actions behind the better images, lower the rest (`star_loss`).
 
-Part 1 is this: Flow-GRPO (arXiv 2505.05470), with one advantage for the whole image. Part 2 is what
-STAR (arXiv 2606.17979) adds: image positions that attend to the *core words* of the prompt, the
-words that the reward is about, get a larger share of it. Only the abstract of STAR is public: the
-details are this project's own. Part 3 trains. Part 4 is the program around it: skim that one.
+Part 1 is Flow-GRPO (arXiv 2505.05470): one advantage for the whole image. Part 2 is what STAR
+(arXiv 2606.17979) adds: positions that attend to the prompt's *core words*, which the reward is
+about, get a larger share. Only the abstract of STAR is public: the details are this project's own.
 
 Shapes: B images, C channels, H x W latent positions, h x w image tokens, L text tokens, T denoising
 steps of which S are stochastic and trained, N prompts with G images each. Symbols: x latents and x'
@@ -102,8 +101,7 @@ def kl_to_reference(mean, reference_mean, std):
 
         KL[b, p] = mean over channels of  (mean - reference_mean)^2 / (2 std^2)
 
-    for Gaussians of equal std. It has no w: all positions share the parameters, so those with a
-    small w may drift, too.
+    for Gaussians of equal std. It has no w: positions share the parameters, so all may drift.
     """
     return ((mean - reference_mean) ** 2 / (2 * std**2)).mean(1)
 
@@ -119,10 +117,7 @@ class Policy:
     empty_prompt: tuple  # prompts are (context [B, L, features], pooled [B, features])
 
     def velocity(self, latents, k, prompt, recorder=None):
-        """v [B, C, H, W] with classifier-free guidance. `recorder`: an AttentionAllocator, if any.
-
-        As in Flow-GRPO, no gradient flows through the prediction without a prompt.
-        """
+        """v [B, C, H, W], with classifier-free guidance. recorder: AttentionAllocator or None."""
         timestep = latents.new_full((len(latents),), 1000 * self.sigmas[k])  # SD3 counts to 1000
 
         def predict(context, pooled):
@@ -133,7 +128,7 @@ class Policy:
             conditional = predict(*prompt)
         if self.guidance_scale == 1:
             return conditional
-        with torch.no_grad():
+        with torch.no_grad():  # as in Flow-GRPO
             empty = (each.expand_as(like) for each, like in zip(self.empty_prompt, prompt))
             unconditional = predict(*empty)
         return unconditional + self.guidance_scale * (conditional - unconditional)
@@ -190,9 +185,8 @@ def group_advantages(rewards, global_std=False, limit=None):
         A[n, g] = (r[n, g] - mean over g of r[n]) / (std over g of r[n] + 1e-4)
 
     Comparing images of the same prompt cancels its difficulty, so no value network is needed
-    (Flow-GRPO, "GRPO on Flow Matching"). A group of equal rewards teaches nothing. We set its
-    advantages to 0, since the mean may be off by a rounding error. global_std divides by the std of
-    all rewards instead. limit cuts off large advantages.
+    (Flow-GRPO, "GRPO on Flow Matching"). A group of equal rewards teaches nothing: it gets 0, even
+    if the mean is rounded. global_std divides by the std of all rewards. limit cuts off large ones.
     """
     rewards = rewards.float()
     equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
@@ -219,8 +213,8 @@ def star_loss(log_prob, old_log_prob, advantages, weights, clip_range):
     log-ratio, the mean of ours over H * W positions, spreads about sqrt(H * W) times less. So our
     clip range is wider by that: 1e-4 * sqrt(64 * 64) is about 6e-3.
 
-    log_prob, old_log_prob, weights [B, S, H, W] or any shape [B, ...]; advantages [B]. Returns the
-    loss, the ratios, and where the minimum is the clipped term. Raises ValueError for other shapes.
+    log_prob, old_log_prob, weights [B, S, H, W] or any [B, ...]; advantages [B]; else ValueError.
+    Returns the loss, the ratios, and where the minimum is the clipped term.
     """
     if not log_prob.shape == old_log_prob.shape == weights.shape:
         raise ValueError("log_prob, old_log_prob and weights must have equal shapes")
@@ -238,9 +232,8 @@ def star_loss(log_prob, old_log_prob, advantages, weights, clip_range):
 def core_tokens_of(pipeline, prompts, spans, max_sequence_length):
     """Which text tokens belong to the core words of each prompt: bool [B, L].
 
-    spans: per prompt, a list of (start, end) characters. A token is core if its characters overlap
-    a span. SD3's context is the CLIP tokens (its two CLIP encoders share positions) followed by
-    max_sequence_length T5 tokens, or zeros where T5 is not loaded.
+    spans: per prompt, a list of (start, end) characters, which a core token's characters overlap.
+    SD3's context is the CLIP tokens, then max_sequence_length T5 tokens, or zeros without T5.
     """
 
     def offsets(tokenizer, length):
@@ -263,8 +256,8 @@ def core_tokens_of(pipeline, prompts, spans, max_sequence_length):
 class AttentionAllocator:
     """Records an attention map: how much each image position attends to the core words.
 
-    In SD3's joint blocks image and text tokens attend to each other: an image query has one softmax
-    over [image; text] keys. The map is the attention that core tokens receive:
+    In SD3's joint blocks an image query has one softmax over [image; text] keys. The map is the
+    attention that core tokens receive:
 
         attention[p, j] = softmax over all tokens j of  query[p] . key[j] / sqrt(head size)
         m[b, p]         = mean over heads and blocks of attention[p, j], summed over core tokens j
@@ -272,19 +265,17 @@ class AttentionAllocator:
     The block itself computes the sum of attention[p, j] * value[j]. With 1 for core tokens and 0
     for others in place of the values that sum is the map. So the fused kernel computes it, and no
     [tokens, tokens] matrix is ever stored. A hook does this beside the block, whose output stays
-    the same to the last bit. The first 13 blocks of SD3.5 Medium have a second attention, from
-    image to image only: it has no text keys, and is not recorded.
+    the same to the last bit. SD3.5's second attention, from image to image, is not recorded.
 
         with torch.no_grad(), AttentionAllocator(transformer, core_tokens) as allocator:
             transformer(...)
         allocator.map().unflatten(-1, (h, w))  # [B, h, w]
 
-    transformer is diffusers' SD3Transformer2DModel. core_tokens is bool [B, L], a row per image.
-    Of a batch [unconditional; conditional], which pipelines make for guidance, the second half is
-    recorded. `blocks` defaults to the last quarter, which finds words well in the miniature. `map`
-    averages all that was recorded: use one allocator per step. Raises ValueError for other numbers
-    of images or text tokens. Compiled blocks ignore hooks that come later, unless
-    torch._dynamo.config.skip_nnmodule_hook_guards is False.
+    core_tokens is bool [B, L], a row per image; other numbers of images or text tokens raise a
+    ValueError. Of a batch [unconditional; conditional], which pipelines make for guidance, the
+    second half is recorded. `blocks` defaults to the last quarter, which finds words well in the
+    miniature. `map` averages all that was recorded: use one allocator per step. Compiled blocks
+    ignore later hooks unless torch._dynamo.config.skip_nnmodule_hook_guards is False.
     """
 
     def __init__(self, transformer, core_tokens, blocks=None):
@@ -346,7 +337,6 @@ def allocation_weights(maps, size, allocation="spatial", lam=1.0):
     counts, too. 0, Flow-GRPO, for a reward about the whole image. Does allocation fit your reward?
     `weight_peak` in the metrics, the mean of each map's largest weight, shows how uneven maps are:
     near 1 they change nothing. `python study/allocations.py maps` shows whether they look right.
-    For video: maps [B, S, f, h, w] and size (frames, H, W).
     """
     # all latents of a 2 x 2 patch get their token's value
     maps = F.interpolate(maps.float(), size=size, mode="nearest")
@@ -383,18 +373,10 @@ def decode(pipe, latents):
 
 @torch.no_grad()
 def update_ema(ema, weights, decay, n):
-    """The exponential moving average (EMA) of the weights, after update n = 0, 1, ...
-
-        ema = d * ema + (1 - d) * weights,      d = min(decay, (1 + n) / (10 + n))
-
-    d is smaller at first, as in Flow-GRPO: else the EMA would stay near the start.
-    """
+    """The exponential moving average of weights after update n = 0, 1, ...; quicker at first."""
     d = min(decay, (1 + n) / (10 + n))
     for average, weight in zip(ema, weights):
         average.lerp_(weight.to(average.device), 1 - d)
-
-
-PART = 100  # tensors per file of a checkpoint: what is written is copied to main memory first
 
 
 class Trainer:
@@ -455,11 +437,7 @@ class Trainer:
         return allocation_weights(batch.maps, self.shape[1:], self.args.allocation, self.args.lam)
 
     def update(self, iteration, batches, advantages):
-        """Make the actions behind the better images more likely. Advantages [N * G] -> metrics.
-
-        The rollout kept no graph, so each step is computed again: how likely does the current
-        policy make the action that was taken?
-        """
+        """Make the actions behind the better images more likely. Advantages [N * G] -> metrics."""
         args, policy, metrics = self.args, self.policy(self.args.steps), defaultdict(list)
         pairs = list(zip(batches, advantages.split(args.batch_size)))
         size = len(pairs) // args.updates_per_iteration
@@ -470,6 +448,7 @@ class Trainer:
                 for j, k in enumerate(batch.steps if A.any() else ()):  # else there is no gradient
                     with self.autocast:
                         mean, std = policy.distribution(batch.latents[:, k], k, batch.prompt)
+                    # the rollout kept no graph: how likely is the action that was taken, now?
                     new = position_log_prob(batch.latents[:, k + 1], mean, std)
                     old = batch.log_prob[:, j]
                     metrics["ratio_mean"].append((new.detach() - old).exp().mean())
@@ -524,8 +503,13 @@ class Trainer:
             self.ema = [weight.data.to(home, copy=True) for weight in self.weights]
         if args.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
-        if args.compile:
-            self.compile()
+        if args.compile and any(map(shutil.which, ("gcc", "clang", "cl"))):
+            torch._dynamo.config.skip_nnmodule_hook_guards = False  # see AttentionAllocator
+            torch._dynamo.config.cache_size_limit = 64  # with and without hooks, gradients, ...
+            for block in self.transformer.transformer_blocks:
+                block.compile()
+        elif args.compile:
+            print("--compile is left out, since there is no C compiler")
         kind, options = torch.optim.AdamW, dict(fused=args.device == "cuda")
         if args.optimizer == "adafactor":  # 1e-18: small gradients count; 1: steps like AdamW's
             kind, options = torch.optim.Adafactor, dict(eps=(1e-18, 1.0))
@@ -536,18 +520,6 @@ class Trainer:
         options = dict(enabled=args.bfloat16, cache_enabled=False)  # no bfloat16 copies
         self.autocast = torch.autocast(args.device, torch.bfloat16, **options)
         self.empty_prompt = encode(pipe, [""], args.max_sequence_length)
-
-    def compile(self):
-        """Compile the blocks if torch.compile finds what it needs, such as a C++ compiler."""
-        try:
-            with naming("--compile is left out"):
-                torch.compile(lambda x: x.exp() + 1)(torch.ones(8, device=self.args.device))
-        except UserError as error:
-            return print(error)
-        torch._dynamo.config.skip_nnmodule_hook_guards = False  # see AttentionAllocator
-        torch._dynamo.config.cache_size_limit = 64  # with and without hooks, gradients, ...
-        for block in self.transformer.transformer_blocks:
-            block.compile()
 
     def policy(self, steps):
         self.pipe.scheduler.set_timesteps(steps)
@@ -596,13 +568,13 @@ class Trainer:
             tensors |= {f"optimizer.{i}.{key}": value for key, value in state.items()}
         return tensors
 
-    def save(self, folder, history):
-        """Write a checkpoint. It needs no generator: seed and iteration give all random numbers."""
+    def save(self, folder, history, size=100):
+        """Write a checkpoint, `size` tensors per file, which are copied to main memory first."""
         tensors = list(self.tensors().items())
         folder.mkdir()
         (folder / "history.json").write_text(json.dumps([len(tensors), history]))
-        for i in range(0, len(tensors), PART):
-            save_file(dict(tensors[i : i + PART]), folder / f"{i}.safetensors")
+        for i in range(0, len(tensors), size):
+            save_file(dict(tensors[i : i + size]), folder / f"{i}.safetensors")
 
     @torch.no_grad()
     def load(self, folder):
@@ -684,15 +656,12 @@ HELP = dict(re.findall(r"    (\w+): .* = .*  # (.*)", inspect.getsource(Argument
 # For the miniature; study/RESULTS.md has the runs behind them.
 OTHER = dict(monitor="", learning_rate=2e-4, ema_decay=0.0)  # also for a task of your own
 MINIATURE = dict(
-    ocr={},
-    geneval=OTHER | dict(
+    ocr={}, geneval=OTHER | dict(
         prompts_per_iteration=6, batch_size=48, iterations=30, evaluate_every=15,
-        evaluation_prompts=120, monitor="pickscore", learning_rate=3e-4,
-        same_noise=False,  # with it the strict score stops rising earlier
+        evaluation_prompts=120, monitor="pickscore", learning_rate=3e-4, same_noise=False,
     ),
-    pickscore=OTHER | dict(
-        prompts_per_iteration=6, batch_size=48, iterations=16, evaluate_every=8, learning_rate=4e-4,
-    ),
+    pickscore=OTHER | dict(prompts_per_iteration=6, batch_size=48, iterations=16, evaluate_every=8,
+        learning_rate=4e-4),
 )
 # For SD3 Medium, SD3.5 Medium and SD3.5 Large on one GPU. [F] follows Flow-GRPO's settings, the
 # others are ours and untuned. rewards.py names the models that score real images.
@@ -704,8 +673,8 @@ FULL_SIZE = OTHER | dict(
     learning_rate=1e-5,         # [F] 3e-4 for LoRA; training all parameters needs far less
     ema_decay=0.99,             # [F] 0.9 after every eighth update, about the same
     kl_weight=0.04 * 0.058,     # [F] divides by s^2, we by std^2 = s^2 * -dt: mean -dt is 0.058
-    prompts_per_iteration=8, batch_size=8, gradient_checkpointing=True, iterations=500,
-    evaluate_every=20, save_every=20,
+    prompts_per_iteration=8, batch_size=8, iterations=500, evaluate_every=20, save_every=20,
+    gradient_checkpointing=True,
 )
 FULL_SIZE_PICKSCORE = FULL_SIZE | dict(kl_weight=0.01 * 0.058)                        # [F]
 LOW_MEMORY = dict(batch_size=1, gradient_checkpointing=True, optimizer="adafactor", offload=True)
@@ -713,15 +682,12 @@ LOW_MEMORY = dict(batch_size=1, gradient_checkpointing=True, optimizer="adafacto
 
 
 def parse_arguments(argv=None):
-    """The arguments and the task. The defaults depend on the model and the task."""
-    usage, style = (
-        "python star.py --task ocr [--option ...]",
-        argparse.ArgumentDefaultsHelpFormatter,
+    """The arguments and the task, checked before anything heavy is loaded."""
+    parser = argparse.ArgumentParser(
+        usage="python star.py --task ocr [--option ...]",
+        epilog="MINIATURE and FULL_SIZE in star.py change some defaults for a task or a model.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    other = (
-        "MINIATURE and FULL_SIZE in star.py change some of these defaults for a task or a model."
-    )
-    parser = argparse.ArgumentParser(usage=usage, formatter_class=style, epilog=other)
     for each in fields(Arguments):
         options = dict(type=each.type)
         if each.type is bool:
@@ -730,7 +696,7 @@ def parse_arguments(argv=None):
             options = dict(choices=get_args(each.type))
         name = "--" + each.name.replace("_", "-")
         parser.add_argument(name, default=each.default, help=HELP[each.name], **options)
-    args = parser.parse_args(argv)
+    args, gpu = parser.parse_args(argv), torch.cuda.is_available()
     with naming(f"--model {args.model} (a gated model needs `hf auth login`)"):
         config = diffusers.SD3Transformer2DModel.load_config(args.model, subfolder="transformer")
         kind, wanted = config.get("_class_name"), "SD3Transformer2DModel"
@@ -743,31 +709,19 @@ def parse_arguments(argv=None):
     defaults = MINIATURE.get(name, OTHER)
     if full_size:
         defaults = FULL_SIZE_PICKSCORE if name == "pickscore" else FULL_SIZE
-    if full_size and args.device == "cuda" and torch.cuda.is_available():
+    if full_size and args.device == "cuda" and gpu:
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30  # for SD3.5 Medium:
         fast = dict(compile=True, offload=memory < 70, gradient_checkpointing=memory < 110)
         defaults = defaults | fast
     parser.set_defaults(**defaults | (LOW_MEMORY if args.low_memory else {}))
     args = Arguments(**vars(parser.parse_args(argv)))
-    check(args, heights)
-    files = (args.prompts, args.heldout_prompts)
-    task = tasks.make_task(args.task, *files, args.reward_model, full_size, args.monitor)
-    enough = len(task.prompts) >= args.prompts_per_iteration
-    require(enough, f"{len(task.prompts)} training prompts: fewer than --prompts-per-iteration")
-    return args, task
-
-
-def check(args, heights):
-    """Find mistakes in the arguments before anything heavy is loaded."""
     for name, value in asdict(args).items():
         if type(value) in (int, float):  # a bool is neither
             least = 1 if type(value) is int else 0
             low, high = re.findall(r"\((\S+) to (\S+)\)", HELP[name] + f"({least} to 1000000)")[0]
-            option = "--" + name.replace("_", "-")
-            good = float(low) <= value <= float(high)
-            require(good, f"{option} is {value}; use a number from {low} to {high}")
-    cuda = args.device == "cpu" or torch.cuda.is_available()
-    require(cuda, "--device is cuda, but PyTorch finds no CUDA device; use cpu")
+            wanted = f"--{name.replace('_', '-')} is {value}; use a number from {low} to {high}"
+            require(float(low) <= value <= float(high), wanted)
+    require(gpu or args.device == "cpu", "--device is cuda, but there is no GPU; use cpu")
     images = args.prompts_per_iteration * args.group_size
     update = args.batch_size * args.updates_per_iteration
     bad = f"{images} images (--prompts-per-iteration x --group-size), not a multiple of {update}"
@@ -779,6 +733,11 @@ def check(args, heights):
     require(inside, f"{window} and hold --stochastic-steps {args.stochastic_steps}")
     sizes = f"this model takes multiples of {heights.step} up to {heights[-1]}"
     require(args.height in (None, *heights), f"--height is {args.height}; {sizes}")
+    files = (args.prompts, args.heldout_prompts)
+    task = tasks.make_task(args.task, *files, args.reward_model, full_size, args.monitor)
+    enough = len(task.prompts) >= args.prompts_per_iteration
+    require(enough, f"{len(task.prompts)} training prompts: fewer than --prompts-per-iteration")
+    return args, task
 
 
 def check_core_words(trainer):
@@ -822,50 +781,41 @@ def checkpoints(folder):
     return sorted((path for path in paths if path.name.isdigit()), key=lambda path: int(path.name))
 
 
-def draw_samples(title, images, rewards, prompts, side=144):
-    """One row of samples.png: the first eight images with their rewards and prompts."""
+def draw_samples(images, rewards, prompts, side=144):
+    """The first eight images with their rewards and prompts."""
     tiles, font = [], ImageFont.load_default(12)
     for image, reward, prompt in list(zip(images, rewards, prompts))[:8]:
         tiles.append(Image.new("RGB", (side + 12, side + 84), "white"))
-        smooth = Image.LANCZOS if image.width > side else Image.NEAREST
-        tiles[-1].paste(image.resize((side, side), smooth), (6, 6))
-        caption = textwrap.fill(f"{title} {reward:.2f}: {prompt}", side // 6)
+        tiles[-1].paste(image.resize((side, side), Image.BOX), (6, 6))
+        caption = textwrap.fill(f"{reward:.2f}: {prompt}", side // 6)
         ImageDraw.Draw(tiles[-1]).multiline_text((6, side + 8), caption, "black", font)
     return make_image_grid(tiles, rows=1, cols=len(tiles))
 
 
 def train(trainer, history, folder):
-    """Iterate, evaluate, draw and save until the last iteration."""
+    """Iterate, evaluate and save until the last iteration."""
     args = trainer.args
     heldout = tasks.evenly_spaced(trainer.task.heldout_prompts, args.evaluation_prompts)
-    if not history:
-        metrics, images, rewards = trainer.evaluate(heldout)
-        history.append({"iteration": 0, "images": 0} | metrics)
-        write(folder / "samples.png", draw_samples("before:", images, rewards, heldout).save)
-        print(f"{folder}/samples.png shows images before training")
-    done = history[-1]["iteration"]
-    bar = tqdm(range(done + 1, args.iterations + 1), args.task, args.iterations, initial=done)
+    first = history[-1]["iteration"] + 1 if history else 0
+    bar = tqdm(range(first, args.iterations + 1), args.task, args.iterations + 1, initial=first)
     for iteration in bar:
-        line, last = trainer.iterate(iteration), iteration == args.iterations
-        history.append(line)
-        bar.set_postfix(reward=line["reward_mean"])
+        last = iteration == args.iterations
+        history.append(trainer.iterate(iteration) if iteration else {"iteration": 0, "images": 0})
         if iteration % args.evaluate_every == 0 or last:
             metrics, images, rewards = trainer.evaluate(heldout)
-            line |= metrics
-            after = draw_samples(f"after {iteration}:", images, rewards, heldout)
-            before = Image.open(folder / "samples.png").crop((0, 0, *after.size))  # its first row
-            write(folder / "samples.png", make_image_grid([before, after], rows=2, cols=1).save)
+            history[-1] |= metrics
+            write(folder / f"samples-{iteration}.png", draw_samples(images, rewards, heldout).save)
+            report = {"held-out reward": metrics["heldout_reward"]} | metrics["report"]
+            numbers = ", ".join(f"{name} {value:.3f}" for name, value in report.items())
+            bar.write(f"{history[-1]['images']} images: {numbers}")
         lines = "".join(json.dumps(line) + "\n" for line in history)
         write(folder / "metrics.jsonl", Path.write_text, lines)
-        if iteration % args.save_every == 0 or last:
+        if iteration and (iteration % args.save_every == 0 or last):
             write(folder / f"checkpoint/{iteration}", trainer.save, history)
             for older in checkpoints(folder)[:-1]:
                 shutil.rmtree(older)
     write(folder / "pipeline", trainer.save_pipeline)
-    for line in (line for line in history if "report" in line):
-        report = {"held-out reward": line["heldout_reward"]} | line["report"]
-        print(f"{line['images']} images:", *(f"{name} {x:.3f}" for name, x in report.items()))
-    print(f"samples.png, metrics.jsonl and the trained pipeline are in {folder}")
+    print(f"samples-*.png, metrics.jsonl and the trained pipeline are in {folder}")
 
 
 def main(argv=None):
@@ -878,10 +828,8 @@ def main(argv=None):
         args, task = parse_arguments(argv)
         folder, settings = open_folder(args)
         trainer, history = Trainer(args, task), []
-        size = sum(weight.numel() for weight in trainer.weights) / 1e6
-        print(f"{args.model} ({size:.1f}M parameters), task {args.task}, {args.device} -> {folder}")
-        print(f"compile {args.compile}, offload {args.offload}", end=", ")
-        print(f"gradient checkpointing {args.gradient_checkpointing}")
+        ways = [way for way in ("compile", "offload", "gradient_checkpointing") if vars(args)[way]]
+        print(f"{args.model}, task {args.task}, {args.device} {' '.join(ways)} -> {folder}")
         if args.allocation != "uniform":
             check_core_words(trainer)
         for newest in checkpoints(folder)[-1:]:

@@ -419,7 +419,7 @@ def test_8_advantages(global_std):
 SMALL = """--iterations 3 --prompts-per-iteration 2 --group-size 4 --batch-size 4 --steps 4
     --stochastic-range 0-2 --stochastic-steps 2 --evaluate-every 2 --evaluation-prompts 2
     --evaluation-steps 4 --save-every 1 --ema-decay 0.5 --out""".split()
-FILES = "config.json metrics.jsonl samples.png checkpoint pipeline"
+FILES = "config.json metrics.jsonl samples-0.png samples-2.png samples-3.png checkpoint pipeline"
 FOREIGN = """checkpoint-20/model checkpoint.safetensors config.json.bak checkpoint.partial
     partial-1/model pipeline.old/model .partial""".split()
 
@@ -1339,7 +1339,7 @@ EARLY = [[each, says] for many, says in rows(EARLY) for each in many.split("; ")
 EARLY += [[f"--{each.strip()}", f"--{each.split()[0]} is "] for each in RANGES.split(",")]
 BROKEN = [[f, v, says] for f, values, says in rows(BROKEN) for v in json.loads(values)]
 EARLY += [[f"--task geneval --prompts IN/{i}.jsonl", says] for i, (_, _, says) in enumerate(BROKEN)]
-EARLY += [["--device cuda", "PyTorch finds no CUDA device"]] * (not torch.cuda.is_available())
+EARLY += [["--device cuda", "but there is no GPU"]] * (not torch.cuda.is_available())
 LATE = [[each, says] for many, says in rows(LATE) for each in many.split("; ")]
 
 
