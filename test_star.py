@@ -53,7 +53,7 @@ sys.path.insert(0, str(Path(__file__).parent / "tiny"))
 sys.path.insert(0, str(Path(__file__).parent / "study"))
 import allocations
 import build  # the world that the miniatures were trained on
-import measure
+import costs
 
 os.chdir(Path(__file__).parent)  # names such as tiny/sd3 start here
 PROMPTS = ['a blue wall with a white sign "K7Q" and a red ball', 'a green wall, a pink sign "2FX"']
@@ -1490,17 +1490,17 @@ def test_true_region_is_the_place_of_the_sign():
 
 
 def test_live_bytes_by_hand():
-    with measure.LiveBytes() as live:
+    with costs.LiveBytes() as live:
         layer = torch.nn.Linear(9, 10)  # 100 numbers of 4 bytes
-        live.start("work")
+        live.phase = "work"
         large = torch.zeros(1000)
         view, other = large[:10], torch.zeros(500)
         del large
         assert live.total == 4 * (100 + 1000 + 500)  # the view keeps all of it
         del view
-        live.park(measure.tensors_of(layer))
+        live.place(costs.tensors_of(layer), on_device=False)
         assert live.total == 4 * 500
-        live.unpark(measure.tensors_of(layer))
+        live.place(costs.tensors_of(layer), on_device=True)
         assert live.total == 4 * (500 + 100) and len(other) == 500
     assert live.peaks["work"] == 4 * (100 + 1000 + 500)
 
@@ -1513,17 +1513,20 @@ def test_memory_of_a_fake_run_is_that_of_a_real_run(options):
     options += " --prompts-per-iteration 1 --group-size 4 --batch-size 2 --steps 2"
     options += " --stochastic-steps 1 --stochastic-range 0-1 --no-bfloat16 --device cpu"
     settings, task = star.parse_arguments(options.split())
-    pipe, real = star.load_pipeline("tiny/sd3", dtype=torch.float32), measure.LiveBytes()
-    names = ["scheduler", "tokenizer", "tokenizer_2", "tokenizer_3"]
-    small = {name: getattr(pipe, name) for name in names}
+    pipe, real = star.load_pipeline("tiny/sd3", dtype=torch.float32), costs.LiveBytes()
 
-    def make(name):
-        kind, config = type(getattr(pipe, name)), getattr(pipe, name).config
-        return kind.from_config(config) if name in ("transformer", "vae") else kind(config)
+    def make():
+        parts = dict(pipe.components)
+        for name, part in parts.items():
+            if name in ("transformer", "vae"):
+                parts[name] = part.from_config(part.config)
+            elif name.startswith("text_encoder"):
+                parts[name] = type(part)(part.config)
+        return StableDiffusion3Pipeline(**parts)
 
-    fake = measure.count_fake_iteration(settings, task, make, small)
+    fake, *_ = costs.count_fake_iteration(settings, task, make)
     with real:
-        measure.count_iteration(settings, task, pipe, real)
+        costs.count_iteration(settings, task, pipe, real)
     phases = ("encode", "rollout", "decode", "update", "optimizer")
     assert [fake.peaks[phase] for phase in phases] == pytest.approx(
         [real.peaks[phase] for phase in phases], rel=0.02
@@ -1533,12 +1536,12 @@ def test_memory_of_a_fake_run_is_that_of_a_real_run(options):
 def test_what_allocation_adds_to_an_iteration(monkeypatch):
     """In 2 of 8 blocks, at 3 of 10 steps, for the half with the prompt. A trained step takes one
     forward pass for each half and a backward pass, which is as long as two, for one."""
-    eight = measure.SHAPES["sd3.5-medium"] | dict(num_layers=8)
-    monkeypatch.setitem(measure.SHAPES, "eight blocks", eight)
+    eight = costs.SHAPES["sd3.5-medium"] | dict(num_layers=8)
+    monkeypatch.setitem(costs.SHAPES, "eight blocks", eight)
     image, text, width = 32 * 32, 77 + 128, 24 * 64
     projections = 2 * (2 * image + text) * width**2
     attention = 4 * image * (image + text) * width
-    both = [measure.iteration_flops("eight blocks", name) for name in ("uniform", "spatial")]
+    both = [costs.iteration_flops("eight blocks", name) for name in ("uniform", "spatial")]
     uniform, spatial = (flops.pop("rollout") * 1e12 for flops in both)
     assert spatial - uniform == pytest.approx(2 * 3 * (projections + attention))
     assert spatial < 1.01 * uniform
