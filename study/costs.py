@@ -28,7 +28,6 @@ import transformers
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tiny"))
@@ -42,8 +41,6 @@ ALLOCATIONS, GIB = ("uniform", "spatial"), 2**30
 
 
 # ------------------------------------------------------------------- Stable Diffusion's real shapes
-# As published, where they differ from the defaults of the classes. The vocabularies are those of
-# CLIP and T5, the tokenizers the miniature's.
 MEDIUM = dict(num_layers=24, num_attention_heads=24, caption_projection_dim=1536)
 LARGE = dict(num_layers=38, num_attention_heads=38, caption_projection_dim=2432)
 DUAL = dict(dual_attention_layers=tuple(range(13)), qk_norm="rms_norm")
@@ -286,12 +283,6 @@ def print_rows(rows):
         print(f"{row}: {line}")
 
 
-def flops_of(function, *args):
-    with FlopCounterMode(display=False) as counter:
-        function(*args)
-    return counter.get_total_flops() / 1e12
-
-
 def iteration_flops(shapes, allocation, checkpointing=False):
     """TFLOP of an iteration by phase, for one image of 512 pixels with guidance 4.5."""
     tokens, steps = 77 + star.FULL_SIZE["max_sequence_length"], range(3)
@@ -308,18 +299,20 @@ def iteration_flops(shapes, allocation, checkpointing=False):
             return sum(policy.distribution(latents, k, prompt)[0].sum() for k in steps)
 
         sampling = policy, latents, prompt, steps, None, recorded, core
-        flops = {"rollout": flops_of(star.rollout, *sampling)}
-        flops["reference"] = flops_of(torch.no_grad()(means))
-        flops["update"] = flops_of(lambda: means().backward())
+        phases = {"rollout": lambda: star.rollout(*sampling), "reference": torch.no_grad()(means)}
+        flops = {}
+        for phase, call in (phases | {"update": lambda: means().backward()}).items():
+            with FlopCounterMode(display=False) as counter:
+                call()
+            flops[phase] = counter.get_total_flops() / 1e12
     return flops | {"iteration": sum(flops.values())}
 
 
 def overhead(args):
     """Measure what spatial costs against uniform.
 
-    First the CPU seconds of one thread for iterations of the miniature: they are steadier than the
-    clock where other programs run. Then the operations for one image of an iteration at the real
-    shapes, 10 steps of which 3 are trained, with a KL penalty.
+    CPU seconds of iterations of the miniature, in one thread. Then the operations for one image of
+    an iteration at the real shapes, 10 steps of which 3 are trained, with a KL penalty.
     """
     torch.set_num_threads(1)
     trainer = Timed(*star.parse_arguments(["--device", "cpu", "--no-bfloat16"]))
@@ -335,36 +328,13 @@ def overhead(args):
 
 
 def benchmark(args):
-    """Time iterations of uniform and spatial in turn on this machine.
-
-    FLOP utilisation is the operations that the method needs, divided by the time and by the speed
-    of a large matrix product. With F for a forward pass, an image needs T F to be sampled, S F more
-    with a KL penalty, and 3 S F in the update (2 S F with guidance, whose unconditional half has no
-    gradient). Options of star.py may follow.
-    """
+    """Time iterations of uniform and spatial in turn. Options of star.py may follow."""
     settings, task = star.parse_arguments(args.more)
-    trainer, cuda = Timed(settings, task), settings.device == "cuda"
-    rows = in_turn(trainer.costs, ALLOCATIONS, args.repeats)
-    latents = torch.zeros(1, *trainer.shape, device=settings.device)
-    with torch.no_grad(), trainer.autocast:
-        policy = trainer.policy(settings.steps)
-        forward = flops_of(policy.velocity, latents, 0, trainer.empty_prompt)
-    side, dtype = 8192 if cuda else 2048, torch.bfloat16 if settings.bfloat16 else torch.float32
-    matrix = torch.randn(side, side, device=settings.device, dtype=dtype)
-    speed = 2e-12 * side**3 / Timer("x @ x", globals={"x": matrix}).blocked_autorange().median
-
-    def per_second(amount, phase):
-        columns = rows[f"{phase}, seconds"].items()
-        return {way: [amount / seconds for seconds in values] for way, values in columns}
-
-    images, S = settings.prompts_per_iteration * settings.group_size, settings.stochastic_steps
-    passes = {"sample": settings.steps + (S if trainer.reference else 0)}
-    passes["update"] = S * (3 if settings.guidance_scale == 1 else 2)
-    for phase, count in passes.items():
-        rows[f"{phase}, FLOP utilisation"] = per_second(images * count * forward / speed, phase)
-    rows["images per second"] = per_second(images, "iterate")
-    print(f"{settings.model} on {torch.cuda.get_device_name() if cuda else 'cpu'}: {images} images")
-    print(f"forward pass {forward:.3g} TFLOP, matrix product {speed:.3g} TFLOP/s")
+    rows = in_turn(Timed(settings, task).costs, ALLOCATIONS, args.repeats)
+    images, seconds = settings.prompts_per_iteration * settings.group_size, rows["iterate, seconds"]
+    rows["images per second"] = {way: [images / each for each in seconds[way]] for way in seconds}
+    device = torch.cuda.get_device_name() if settings.device == "cuda" else "cpu"
+    print(f"{settings.model} on {device}: {images} images an iteration")
     print_rows(rows)
 
 
@@ -409,10 +379,10 @@ def flow_grpo(folder, trainer):
 
 
 def against_flow_grpo(args):
-    """Compare gradients and times with flow_grpo's own functions, on the miniature.
+    """Compare gradients and CPU time with flow_grpo's own functions, on the miniature.
 
-    First the gradient of one rollout, uniform against theirs. Then CPU seconds per image of one
-    thread, in turn: 10 steps of which 3 are trained, guidance 4.5. Sampling includes decoding.
+    First the gradient of one rollout, uniform against theirs. Then seconds per image and thread:
+    10 steps of which 3 are trained, guidance 4.5. Sampling includes decoding.
     """
     torch.set_num_threads(1)
     options = "--device cpu --no-bfloat16 --prompts-per-iteration 1 --group-size 24 --ema-decay 0"
@@ -472,10 +442,8 @@ def main(argv=None):
     try:
         require(getattr(args, "repeats", 1) > 0, "--repeats must be 1 or more")
         args.function(args)
-    except UserError as error:
+    except (UserError, torch.OutOfMemoryError) as error:
         sys.exit(f"costs.py: {error}")
-    except torch.OutOfMemoryError:
-        sys.exit("costs.py: out of GPU memory; try --low-memory or a smaller --batch-size")
 
 
 if __name__ == "__main__":
