@@ -70,6 +70,12 @@ def rows(table):
     return [[cell.strip() for cell in line.split("|")] for line in table.strip().split("\n")]
 
 
+def cases(table):
+    """Runs a test with each row of a table, whose first row has the names of its arguments."""
+    names, *cells = rows(table)
+    return pytest.mark.parametrize(names, cells)
+
+
 def flat(tensors):
     return torch.cat([tensor.detach().flatten() for tensor in tensors if tensor is not None])
 
@@ -479,13 +485,11 @@ def run_and_kill(folder, function, text, call, when):
 
     def deadly(*args, **options):
         calls.append(text in str(args[-1]))
-        if sum(calls) < int(call) or when != "before":
-            result = original(*args, **options)
-        if sum(calls) < int(call):
-            return result
-        if when == "within":
+        last = sum(calls) == int(call)
+        result = None if last and when == "before" else original(*args, **options)
+        if last and when == "within":
             os.truncate(args[1], 99)
-        os.kill(os.getpid(), signal.SIGKILL)
+        return os.kill(os.getpid(), signal.SIGKILL) if last else result
 
     setattr(owner, name, deadly)
     run(folder)
@@ -500,7 +504,8 @@ def start_process(function, *args):
     return process
 
 
-MOMENTS = """
+@cases("""
+    function            | text       | call | when
     star-rollout        |            | 3 | before
     star-rollout        |            | 6 | after
     rewards.OCR-reward  |            | 3 | before
@@ -513,16 +518,13 @@ MOMENTS = """
     star.shutil-rmtree  | checkpoint | 3 | before
     Path-write_text     | "images"   | 4 | after
     Path-replace        | pipeline   | 1 | before
-"""
-
-
-@pytest.mark.parametrize("moment", rows(MOMENTS), ids=" ".join)
-def test_9_killed_and_resumed_is_the_same(finished, moment, tmp_path):
+""")
+def test_9_killed_and_resumed_is_the_same(finished, function, text, call, when, tmp_path):
     """kill -9 of a real process. Files that only look like star.py's own stay untouched."""
     for name in FOREIGN:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
-    process = start_process(run_and_kill, tmp_path, *moment)
+    process = start_process(run_and_kill, tmp_path, function, text, call, when)
     process.join()
     assert process.exitcode == -signal.SIGKILL
     run(tmp_path, "--resume")
@@ -601,17 +603,6 @@ def test_star_loss_refuses_what_would_broadcast():
         inputs = [torch.zeros(*map(int, shape)) for shape in shapes.split()]
         with pytest.raises(ValueError, match="must have equal shapes|advantages must be"):
             star_loss(*inputs, 0.1)
-
-
-def test_a_step_raises_the_probability_of_the_better_image(pipe):
-    scene = Scene(copy.deepcopy(pipe))
-    samples, optimizer = scene.rollout(), torch.optim.SGD(scene.transformer.parameters(), 1e-3)
-    weights, old = allocation_weights(samples.maps, SIZE), samples.log_prob
-    new, advantages = scene.log_prob(samples), torch.tensor([1.0, -1.0])
-    star_loss(new, old, advantages, weights, 0.1)[0].backward()
-    optimizer.step()
-    better, worse = ((scene.log_prob(samples) - old) * weights).mean((1, 2, 3))
-    assert better > worse
 
 
 def trainer_of(options):
@@ -699,20 +690,6 @@ def test_equal_rewards_teach_nothing(pipe, tmp_path, monkeypatch):
     assert [line.get("gradient_norm") for line in metrics(tmp_path)] == [None, 0, 0]
 
 
-def test_the_first_ratio_is_one_by_definition(monkeypatch):
-    """Also where the rollout's own log-probability is rounded otherwise, as compiled code does."""
-    trainer, rollout = trainer_of("--task pickscore"), star.rollout
-
-    def rounded(*inputs):
-        samples = rollout(*inputs)
-        return replace(samples, log_prob=samples.log_prob + 0.1)
-
-    monkeypatch.setattr(star, "rollout", rounded)
-    line = trainer.iterate(1)
-    assert line["ratio_mean"] == pytest.approx(math.exp(-0.1))  # where one can see it
-    assert line["clip_fraction"] == 0
-
-
 def test_moving_average_by_hand():
     """The decay grows from 1 / 10 to its limit."""
     average, weights, expected = [torch.zeros(2)], [torch.ones(2)], 0.0
@@ -755,23 +732,6 @@ def test_the_trained_window_moves_within_its_range(monkeypatch):
             trainer.iterate(iteration)
     assert {tuple(inputs[3]) for inputs in calls} == {(0, 1), (1, 2), (2, 3)}
     assert len({inputs[1].sum().item() for inputs in calls}) == 40
-
-
-def test_allocator_with_several_images_per_prompt(pipe):
-    """repeat_interleave is the order of diffusers: each row is the map of that image alone."""
-    core = star.core_tokens_of(pipe, PROMPTS, [SPANS[0], [(2, 7)]], build.TOKENS)
-    latents = torch.randn(4, 8, 16, 16)
-    options = dict(num_inference_steps=2, max_sequence_length=build.TOKENS, output_type="latent")
-
-    def maps(prompts, core, latents, count):
-        with AttentionAllocator(pipe.transformer, core) as allocator:
-            pipe(prompts, latents=latents, num_images_per_prompt=count, **options)
-        return torch.stack(allocator.recorded, 1)
-
-    together = maps(PROMPTS, core.repeat_interleave(2, 0), latents, 2)
-    for i, found in enumerate(together):
-        alone = maps(PROMPTS[i // 2], core[i // 2, None], latents[i, None], 1)
-        assert_close(found, alone[0])
 
 
 PARTS = """core_tokens_of AttentionAllocator allocation_weights sde_step position_log_prob
@@ -916,7 +876,8 @@ def clauses(text):
     return made
 
 
-WORDS = """
+@cases("""
+    name | prompt | words | include
     ocr | a sign "Hello World" and a sign "two" | Hello World |
     ocr | a label "" next to a sign "HELLO"     | HELLO       |
     ocr | a sign " " and "A"                    | A           |
@@ -930,10 +891,7 @@ WORDS = """
     geneval | four people, three buses      | four, people, three, buses | 4 person, 3 bus
     geneval | four benchs, three knifes     | four, benchs, three, knifes | 4 bench, 3 knife
     geneval | two knives, a brown carrot    | two, knives, brown, carrot | 2 knife, 1 brown carrot
-"""
-
-
-@pytest.mark.parametrize("name, prompt, words, include", rows(WORDS))
+""")
 def test_core_words(judges, name, prompt, words, include, monkeypatch):
     """The quoted text; all but function words; objects, also in the benchmark's own plurals."""
     metadata = {prompt: dict(include=clauses(include))}
@@ -950,15 +908,13 @@ def world(count, **settings):
     return shots, [shot["image"] for shot in shots], [shot["caption"] for shot in shots]
 
 
-TEXTS = """
+@cases("""
+    target      | outcomes
     K7Q         | K7Q = 1; k 7 q = 1; xxK7Qxx = 1; = 0; K7 = 2/3; K77 = 2/3; 7KQ = 1/3
     K7Q         | completely different = 0
     kitten      | sitting = 1/2
     hello world | Hello Wrld = 9/10
-"""
-
-
-@pytest.mark.parametrize("target, outcomes", rows(TEXTS))
+""")
 def test_text_reward(target, outcomes):
     for outcome in outcomes.split("; "):
         read, reward = outcome.split("=")
@@ -1038,7 +994,8 @@ def test_prompt_files(tmp_path):
     assert OCR(file).prompts == [line.strip() for line in lines]
 
 
-RELATIONS = """
+@cases("""
+    box         | other      | expected        | why
     0 0 10 10   | 30 0 40 10 | left of         | (30 - 2) / 30
     30 0 40 10  | 0 0 10 10  | right of        |
     0 0 10 10   | 0 30 10 40 | above           |
@@ -1049,23 +1006,39 @@ RELATIONS = """
     0 0 40 40   | 10 0 50 40 |                 | 10 apart, the margin is 8: (10 - 8) / 10 = 0.2
     0 0 10 10   | 0 0 10 10  |                 |
     0.5 4 5.5 4 | 0 0 0 0    | below           | (3 - 0.5) / 5 = 0.5 is not more than 0.5
-"""
-
-
-@pytest.mark.parametrize("box, other, expected, why", rows(RELATIONS))
+""")
 def test_relations_by_hand(box, other, expected, why):
     found = rewards.relations(*(list(map(float, each.split())) for each in (box, other)))
     assert ", ".join(sorted(found, key=rewards.RELATIONS.index)) == expected
 
 
 OBJECTS = """
-    D | dog | 0.9 | 0   | red
-    G | dog | 0.6 | 100 | green
-    C | cat | 0.8 | 50  | blue
-    L | cat | 0.7 | -50 | blue
-    R | cat | 0.7 | 90  | blue
+    D | dog  | 0.9 | 0   | red
+    G | dog  | 0.6 | 100 | green
+    C | cat  | 0.8 | 50  | blue
+    L | cat  | 0.7 | -50 | blue
+    R | cat  | 0.7 | 90  | blue
+    b | ball | 1.0 | 0   |
+    r | box  | 1.0 | 20  | red
+    w | box  | 1.0 | 20  | white
 """
-VERDICTS = """
+
+
+def detected(letters):
+    """Per class, those of OBJECTS that have these letters. The mask stands for the colour."""
+    objects, found = {letter: rest for letter, *rest in rows(OBJECTS)}, defaultdict(list)
+    for name, confidence, left, colour in map(objects.get, letters):
+        box = (int(left), 0, int(left) + 10, 10)
+        found[name].append(Detection(float(confidence), box, colour))
+    return found
+
+
+def colours_of(detections, name):
+    return [one.mask for one in detections]
+
+
+@cases("""
+    include                    | exclude | outcomes            | why
     1 dog                      |       | D yes 1, C no 0      | single object
     1 dog                      |       | DG yes 0             | more is no fault unless excluded
     1 dog, 1 cat               |       | DC yes 1, D no 1/2   | two objects
@@ -1083,20 +1056,12 @@ VERDICTS = """
     1 cat, 1 dog right of 0    |       | DC no 2/3, GC yes 1  | the other side
     1 red cat, 1 dog left of 0 |       | DC no 2/4            | beside what is not as asked
     2 cat, 1 dog left of 0     |       | DCL no 2/3, DCR yes 1 | left of all of them
-"""
-
-
-@pytest.mark.parametrize("include, exclude, outcomes, why", rows(VERDICTS))
+""")
 def test_geneval_by_hand(include, exclude, outcomes, why):
     """Verdicts that follow from the benchmark's published rules."""
-    known = {letter: rest for letter, *rest in rows(OBJECTS)}
     metadata = dict(include=clauses(include), exclude=clauses(exclude))
     for letters, correct, credit in map(str.split, outcomes.split(", ")):
-        found = {}
-        for name, confidence, left, colour in map(known.get, letters):
-            box = (int(left), 0, int(left) + 10, 10)
-            found.setdefault(name, []).append(Detection(float(confidence), box, colour))
-        verdict = rewards.judge(found, metadata, lambda ones, name: [one.mask for one in ones])
+        verdict = rewards.judge(detected(letters), metadata, colours_of)
         assert verdict == (correct == "yes", pytest.approx(eval(credit)))
 
 
@@ -1417,19 +1382,14 @@ def test_the_pipeline_call_in_the_readme(pipe):
     assert blue > 60 + max(red, green)  # the prompt asks for a blue wall
 
 
-def test_area_under_roc_and_images_to_reach_by_hand():
+def test_statistics_by_hand():
     values, truth = torch.tensor([0.9, 0.2, 0.2, 0.1]), torch.tensor([1, 1, 0, 0]).bool()
     assert allocations.area_under_roc(values, truth) == (1 + 1 + 0.5 + 1) / 4
-    names, points = ("images", "heldout_reward"), [(0, 0.5), (200, 0.7), (400, 0.6)]
-    lines = [dict(zip(names, point)) for point in points]
+    points = [(0, 0.5), (200, 0.7), (300, 0.7), (400, 0.6)]
+    lines = [dict(images=images, heldout_reward=reward) for images, reward in points]
     for goal, images in {0.6: 100, 0.5: 0, 0.7: 200, 0.71: math.inf}.items():
         assert allocations.images_to_reach(lines, goal) == pytest.approx(images)
-
-
-def test_statistics_of_a_comparison_by_hand():
-    points = [(0, 0.0), (10, 1.0), (30, 1.0), (40, 0.5)]
-    lines = [dict(images=images, heldout_reward=reward) for images, reward in points]
-    assert allocations.area(lines) == pytest.approx((5 + 20 + 7.5) / 40)
+    assert allocations.area(lines) == pytest.approx((120 + 70 + 65) / 400)
     assert allocations.interval([0.3] * 7) == (0.3, 0.3)
     # the median of nine draws is one of the two least of nine values with probability 3.0%, which
     # is P(Binomial(9, 2/9) >= 5), and the least with 0.1%
@@ -1448,35 +1408,24 @@ def test_gradient_measures_of_known_gradients():
     assert measures == pytest.approx((variance, 4 / (4 + variance)), rel=0.03)
 
 
-FAULTS = """
-    a sign "KLX"             | KLX    | 1 |                |
-    a sign "KLX"             | KLXKLX | 2 |                | sign painted twice
-    a sign "KLX"             |        | 1 |                | no legible sign
-    a sign "KLX"             | KX     | 1 |                | missing letters
-    a sign "KLX"             | KLQ    | 1 |                | wrong letters
-    two balls and a red box  |        | 0 | bb r           |
-    two balls and a red box  |        | 0 | bbb r          | objects extra
-    two balls and a red box  |        | 0 | b r            | objects missing
-    two balls and a red box  |        | 0 | b rr           | wrong shape
-    two balls and a red box  |        | 0 | bb w           | wrong colour
-    a ball left of a box     |        | 0 | b r            |
-    a ball right of a box    |        | 0 | b r            | wrong place
-    a ball right of a box    |        | 0 | b              | objects missing
-"""
-
-
-@pytest.mark.parametrize("prompt, read, signs, shown, expected", rows(FAULTS))
+@cases("""
+    prompt                   | read   | signs | shown | expected
+    a sign "KLX"             | KLX    | 1 |     |
+    a sign "KLX"             | KLXKLX | 2 |     | sign painted twice
+    a sign "KLX"             |        | 1 |     | no legible sign
+    a sign "KLX"             | KX     | 1 |     | missing letters
+    a sign "KLX"             | KLQ    | 1 |     | wrong letters
+    two balls and a red box  |        | 0 | bbr |
+    two balls and a red box  |        | 0 | bbbr | objects extra
+    two balls and a red box  |        | 0 | br  | objects missing
+    two balls and a red box  |        | 0 | brr | wrong shape
+    two balls and a red box  |        | 0 | bbw | wrong colour
+    a ball left of a box     |        | 0 | br  |
+    a ball right of a box    |        | 0 | br  | wrong place
+    a ball right of a box    |        | 0 | b   | objects missing
+""")
 def test_faults_of(prompt, read, signs, shown, expected):
-    """b is a ball at the left, r a red box at the right, w a white one."""
-    found = defaultdict(list)
-    for letter in shown.replace(" ", ""):
-        name, left, colour = dict(b=("ball", 0, 0), r=("box", 20, "red"), w=("box", 20, "white"))[
-            letter
-        ]
-        found[name].append(Detection(1.0, (left, 0, left + 10, 10), colour))
-    faults = allocations.faults_of(
-        prompt, read, int(signs), found, lambda ones, _: [o.mask for o in ones]
-    )
+    faults = allocations.faults_of(prompt, read, int(signs), detected(shown), colours_of)
     assert ", ".join(faults) == expected
 
 
