@@ -134,6 +134,31 @@ def log_prob(policy, latents, steps, prompt):
     return torch.stack(log_probs, 1), torch.stack(means, 1)
 
 
+def code_block(file, language, holds):
+    """The one code block of this language that holds this text."""
+    blocks = re.findall(rf"```{language}\n(.*?)```", Path(file).read_text(), re.DOTALL)
+    (block,) = (block for block in blocks if holds in block)
+    return block
+
+
+def record_softmax(monkeypatch):
+    """A list that fills with the softmax of Q K^T over all keys, whenever attention is computed."""
+    found, fused = [], F.scaled_dot_product_attention
+
+    def in_full(query, key, value, attn_mask=None, **options):
+        hidden = 0 if attn_mask is None else torch.zeros(()).where(attn_mask, -math.inf)
+        found.append((query @ key.mT / math.sqrt(query.shape[-1]) + hidden).softmax(-1))
+        return fused(query, key, value, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", in_full)
+    return found
+
+
+def core_share(probabilities, core):
+    """Of [blocks, B, heads, image tokens, L]: the map [B, image tokens] of the core tokens."""
+    return (torch.stack(probabilities) * core[:, None, None]).sum(-1).mean((0, 2))
+
+
 # --------------------------------------------------------------------------------- The nine points
 @pytest.mark.parametrize("allocation, dims", [("spatial", (2, 3)), ("spatiotemporal", (1, 2, 3))])
 def test_1_weights_have_mean_one(allocation, dims):
@@ -151,13 +176,6 @@ def test_1_weights_have_mean_one(allocation, dims):
     maps[0], maps[1, 2, 3, 4] = 0, math.nan
     without, broken, whole = allocation_weights(maps, SIZE, allocation)
     assert (without == 1).all() and broken[2].isnan().any() and torch.equal(whole, weights[2])
-
-
-def code_block(file, language, holds):
-    """The one code block of this language that holds this text."""
-    blocks = re.findall(rf"```{language}\n(.*?)```", Path(file).read_text(), re.DOTALL)
-    (block,) = (block for block in blocks if holds in block)
-    return block
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.5])
@@ -247,24 +265,17 @@ def test_3_the_hook_changes_nothing(pipe):
 @pytest.mark.parametrize("blocks", [None, [0, 2], "SD3 Medium"])  # 0 has dual attention
 def test_4_map_is_the_brute_force_map(pipe, blocks, guidance_scale, monkeypatch):
     """Against the full softmax of Q K^T over [image; text] of the blocks' own Q and K."""
-    scene, probabilities, fused = Scene(pipe, guidance_scale), [], F.scaled_dot_product_attention
+    scene = Scene(pipe, guidance_scale)
     if blocks == "SD3 Medium":
         options = dict(pipe.transformer.config) | dict(qk_norm=None, dual_attention_layers=())
         scene.transformer = scene.policy.transformer = SD3Transformer2DModel.from_config(options)
         scene.transformer.transformer_blocks[1].attn.to_q.weight.data *= 50  # else maps are even
         blocks = [1]
-
-    def in_full(query, key, value, **options):
-        if key.shape[2] == 64 + 40:  # joint; dual attention has image keys only
-            probability = (query @ key.mT / math.sqrt(query.shape[-1])).softmax(-1)
-            probabilities.append(probability[-2:, :, :64, 64:])  # the conditional half
-        return fused(query, key, value, **options)
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", in_full)
-    scene.velocity()
+    found = record_softmax(monkeypatch)
+    scene.velocity()  # the first four are of the conditional half; dual attention is 64 x 64
+    joint = [softmax[:, :, :64, 64:] for softmax in found if softmax.shape[-1] == 64 + 40][:4]
+    expected = core_share([joint[block] for block in blocks or [3]], scene.core)
     monkeypatch.undo()
-    chosen = torch.stack([probabilities[block] for block in blocks or [3]])
-    expected = (chosen * scene.core[:, None, None]).sum(-1).mean((0, 2))
     found = scene.map(scene.noise, 2, scene.core, blocks)
     assert_close(found, expected)
     assert found.std() > 1e-3
@@ -307,26 +318,18 @@ def test_4_map_of_flux_and_qwen_image(kind, monkeypatch):
         if ".attn.norm" in name:  # 1 at first, so that all norms would be equal
             torch.nn.init.uniform_(weight, 0.5, 2)
     core = torch.tensor([[0, 1, 1, 0, 0], [1, 0, 0, 1, 0]]).bool()
-    maps, fused = [], F.scaled_dot_product_attention
-
-    def in_full(query, key, value, attn_mask=None, **options):
-        hidden = 0 if attn_mask is None else torch.zeros(()).where(attn_mask, -math.inf)
-        map_ = (query @ key.mT / math.sqrt(query.shape[-1]) + hidden).softmax(-1)
-        maps.append(map_[:, :, L:, :L])  # image queries, text keys
-        return fused(query, key, value, attn_mask=attn_mask, **options)
-
     exec(code_block("study/TRANSPLANT.md", "python", "FluxAllocator"), names := {})
     allocator = names["FluxAllocator"](model, core, range(2))
     if kind == "single":
         allocator.attentions = [block.attn for block in model.single_transformer_blocks]
+    found = record_softmax(monkeypatch)
     with torch.no_grad():
-        monkeypatch.setattr(F, "scaled_dot_product_attention", in_full)
         plain = model(**inputs).sample
         monkeypatch.undo()
         with allocator:
             assert torch.equal(model(**inputs).sample, plain)
-    chosen = torch.stack(maps[-2:] if kind == "single" else maps[:2])
-    expected = (chosen * core[:, None, None]).sum(-1).mean((0, 2))
+    chosen = found[-2:] if kind == "single" else found[:2]
+    expected = core_share([softmax[:, :, L:, :L] for softmax in chosen], core)
     assert_close(allocator.map(), expected, atol=1e-5, rtol=0)
     assert expected.std(1).min() > 1e-2 and len(allocator.recorded) == 2
 
@@ -612,21 +615,23 @@ def trainer_of(options):
 OPTIONS = """--kl-weight 0.5 --max-gradient-norm 0.1
     --allocation spatiotemporal --no-same-noise --lam 0.5 --ema-decay 0.25
     --allocation uniform --global-std
-    --updates-per-iteration 2 --guidance-scale 2"""
+    --updates-per-iteration 2 --guidance-scale 2 --ema-decay 0.25"""
 
 
 @pytest.mark.parametrize("options", OPTIONS.split("\n"))
 def test_an_iteration_is_the_gradient_of_one_loss(options, monkeypatch):
-    """`iterate` moves the weights as one star_loss over all images and trained steps does."""
+    """`iterate` moves the weights as one star_loss over all images and trained steps does. A first
+    ratio is 1 even if the rollout rounds otherwise, as compiled code does."""
     sizes = """--prompts-per-iteration 2 --group-size 4 --batch-size 2 --max-gradient-norm 1e9
         --steps 4 --stochastic-steps 2 --stochastic-range 1-2 --advantage-clip 1 --ema-decay 0 """
-    trainer, steps, batches = trainer_of(sizes + options), range(1, 3), []
-    args = trainer.args
-    model, rollout = trainer.transformer, star.rollout
+    trainer, steps, batches, scored = trainer_of(sizes + options), range(1, 3), [], []
+    args, model, rollout = trainer.args, trainer.transformer, star.rollout
     twin, start = copy.deepcopy(model), flat(model.parameters())
-    rewards = torch.arange(8.0) ** 2
+    rewards, rounding = torch.arange(8.0) ** 2, 0.03 if args.global_std else 0.0
     if trainer.reference:
-        rewards[:4] = 3  # the first group teaches nothing, also not by its KL
+        rewards = torch.tensor(
+            [3.0, 3, 3, 3, 1, 2, 3, 2]
+        )  # six teach nothing, also not by their KL
         for weight in trainer.reference:  # so that there is a distance
             weight *= 1.1
     trainer.optimizer, optimizer = (torch.optim.SGD(m.parameters(), 0.1) for m in (model, twin))
@@ -634,23 +639,29 @@ def test_an_iteration_is_the_gradient_of_one_loss(options, monkeypatch):
     def recorded(policy, noise, prompt, stochastic, *others):
         assert stochastic == steps
         samples = rollout(policy, noise, prompt, stochastic, *others)
+        samples.log_prob += rounding
         batches.append((samples.latents, samples.log_prob, samples.maps, *prompt))
         return samples
 
     monkeypatch.setattr(star, "rollout", recorded)
-    monkeypatch.setattr(trainer.task, "reward", lambda images, prompts: rewards)
+    monkeypatch.setattr(
+        trainer.task, "reward", lambda _, prompts: scored.extend(prompts) or rewards
+    )
     line = trainer.iterate(1)
     parts = (part[0] if part[0] is None else torch.cat(part) for part in zip(*batches))
     latents, old, maps, *prompt = parts
+    assert_close(prompt, list(star.encode(trainer.pipe, scored, args.max_sequence_length)))
     weights = torch.ones_like(old)
     if args.allocation != "uniform":
         weights = allocation_weights(maps, SIZE, args.allocation, args.lam)
     advantages = star.group_advantages(rewards.view(2, 4), args.global_std, 1.0).flatten()
     policy, others = replace(trainer.policy(4), transformer=twin), copy.deepcopy(twin)
     assert (latents[:4, 0] == latents[0, 0]).all() == args.same_noise
-    for i in torch.arange(8).chunk(args.updates_per_iteration):
+    average = start
+    for n, i in enumerate(torch.arange(8).chunk(args.updates_per_iteration)):
         new, means = log_prob(policy, latents, steps, prompt)
-        loss = star_loss(new[i], old[i], advantages[i], weights[i], 2e-2)[0]
+        before = old if n else new.detach()
+        loss = star_loss(new[i], before[i], advantages[i], weights[i], 2e-2)[0]
         if trainer.reference:
             for weight, value in zip(others.parameters(), trainer.reference):
                 weight.data = value
@@ -663,11 +674,14 @@ def test_an_iteration_is_the_gradient_of_one_loss(options, monkeypatch):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(twin.parameters(), args.max_gradient_norm)
         optimizer.step()
+        average = average.lerp(flat(twin.parameters()), 9 / (10 + n))  # the decay starts at 0.1
     expected = flat(twin.parameters()) - start
     assert difference(flat(model.parameters()) - start, expected) < 1e-4
-    assert (line["ratio_mean"] == 1) == (args.updates_per_iteration == 1)
-    if trainer.ema:  # the decay is 0.1 at first
-        assert difference(flat(trainer.ema) - start, 0.9 * expected) < 2e-3
+    ratio = pytest.approx(math.exp(-rounding), rel=1e-4 * rounding, abs=0)  # where one can see it
+    assert (line["ratio_mean"] == ratio) == (args.updates_per_iteration == 1)
+    assert line["clip_fraction"] == 0 or args.updates_per_iteration == 2
+    if trainer.ema:
+        assert difference(flat(trainer.ema) - start, average - start) < 2e-3
     model.proj_out.bias.data += math.inf
     with pytest.raises(UserError, match="gradient is not finite; lower --learning-rate"):
         trainer.iterate(2)
@@ -702,24 +716,17 @@ def test_moving_average_by_hand():
     assert d == 0.7
 
 
-def test_models_that_move_come_back_as_they_were():
-    """Nothing is copied back: after the block, and after an error, there is what was there before.
-    (A GPU cannot be had here; float16 copies take its place.)"""
-    task = make_task("ocr,pickscore")
-    task.load("cpu")
-    assert rewards.networks(task) == [task.tasks[0].reader, task.tasks[1].clip]
-    tensors = [tensor for each in rewards.networks(task) for tensor in each.parameters()]
+def test_models_that_move_come_back_as_they_were(judges):
+    """Nothing is copied back, also after an error. Copies in float16 stand for those on a GPU."""
+    models = rewards.networks(rewards.Mixture([judges["ocr"], judges["pickscore"]], [1, 1]))
+    assert models == [judges["ocr"].reader, judges["pickscore"].clip]
+    tensors = [tensor for each in models for tensor in each.parameters()]
     places = [tensor.data_ptr() for tensor in tensors]
     halves = [tensor.half() for tensor in tensors]
     with pytest.raises(ZeroDivisionError), rewards.replaced(tensors, halves):
         assert [each.data_ptr() for each in tensors] == [each.data_ptr() for each in halves]
         raise ZeroDivisionError
     assert [tensor.data_ptr() for tensor in tensors] == places
-
-
-def test_evaluation_prompts_come_from_all_parts_of_the_file():
-    assert rewards.evenly_spaced("aaaabbbbccdd", 6) == list("aabbcd")
-    assert rewards.evenly_spaced("abc", 9) == list("abc")
 
 
 def test_the_trained_window_moves_within_its_range(monkeypatch):
@@ -734,24 +741,21 @@ def test_the_trained_window_moves_within_its_range(monkeypatch):
     assert len({inputs[1].sum().item() for inputs in calls}) == 40
 
 
-PARTS = """core_tokens_of AttentionAllocator allocation_weights sde_step position_log_prob
-    group_advantages star_loss""".split()
-
-
-@pytest.mark.parametrize("part", PARTS)
-def test_parts_work_alone_in_another_file(pipe, part, monkeypatch):
+def test_parts_work_alone_in_another_file(pipe, monkeypatch):
     """The source of a part, pasted below three imports, does what it does in star.py."""
-    results, alone = [], dict(math=math, torch=torch, F=F)
-    exec(inspect.getsource(getattr(star, part)), alone)
-    for function in (getattr(star, part), alone[part]):
-        monkeypatch.setattr(star, part, function)
-        samples = Scene(pipe).rollout()
-        weights = star.allocation_weights(samples.maps, SIZE)
-        advantages = star.group_advantages(torch.eye(2))[0]
-        old = samples.log_prob
+
+    def results():
+        samples, advantages = Scene(pipe).rollout(), star.group_advantages(torch.eye(2))[0]
+        weights, old = star.allocation_weights(samples.maps, SIZE), samples.log_prob
         loss, _, _ = star.star_loss(0.9 * old, old, advantages, weights, 0.1)
-        results.append((samples.latents, samples.maps, old, weights, loss))
-    assert all(map(torch.equal, *results))
+        return samples.latents, samples.maps, old, weights, loss
+
+    plain = results()
+    for part in """core_tokens_of AttentionAllocator allocation_weights sde_step position_log_prob
+            group_advantages star_loss""".split():
+        exec(inspect.getsource(getattr(star, part)), alone := dict(math=math, torch=torch, F=F))
+        monkeypatch.setattr(star, part, alone[part])
+    assert all(map(torch.equal, plain, results()))
 
 
 def test_parts_take_video():
@@ -972,26 +976,27 @@ def test_reader_of_real_images(tmp_path):
     assert task.reward(images, prompts) == [1, 0, 1]
 
 
-def test_readers_without_a_limit_of_their_own_read_to_the_end(tmp_path):
+def test_readers_without_a_limit_of_their_own_read_to_the_end(judges, tmp_path):
     """generate() would stop after 20 tokens. tiny/ocr has a limit, and keeps it."""
-    shutil.copytree("tiny/ocr", tmp_path / "ocr")
-    file = tmp_path / "ocr/generation_config.json"
-    settings = json.loads(file.read_text())
-    limit = settings.pop("max_length")
-    file.write_text(json.dumps(settings))
-    for folder, limits in (("tiny/ocr", (limit, None)), (tmp_path / "ocr", (None, 1024))):
-        task = OCR(model=folder)
-        task.load("cpu")
-        found = task.reader.generation_config
+    shutil.copytree("tiny/ocr", tmp_path, dirs_exist_ok=True)
+    file, task = tmp_path / "generation_config.json", OCR(model=tmp_path)
+    limit = json.loads(file.read_text())["max_length"]
+    file.write_text("{}")
+    task.load("cpu")
+    for each, limits in ((judges["ocr"], (limit, None)), (task, (None, 1024))):
+        found = each.reader.generation_config
         assert (found.max_length, found.max_new_tokens) == limits
 
 
 def test_prompt_files(tmp_path):
-    """Flow-GRPO's files are read as they are; a byte order mark and blank lines do not count."""
+    """Flow-GRPO's files are read as they are; a byte order mark and blank lines do not count.
+    Prompts for an evaluation come from all parts of a file."""
     lines = ['A stamp, with "Alex’s Library" in bold letters', 'A bus that reads "Line 7", \u2028']
     file = tmp_path / "prompts.txt"
     file.write_text("\n\n".join(lines) + "\n", encoding="utf-8-sig")
     assert OCR(file).prompts == [line.strip() for line in lines]
+    assert rewards.evenly_spaced("aaaabbbbccdd", 6) == list("aabbcd")
+    assert rewards.evenly_spaced("abc", 9) == list("abc")
 
 
 @cases("""
