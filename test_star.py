@@ -389,9 +389,7 @@ def test_6_sde_keeps_the_marginals():
 def test_6_without_noise_the_rollout_is_that_of_diffusers(pipe, guidance_scale):
     """The same Euler steps, the same guidance, and the same decoded images."""
     scene = Scene(pipe, guidance_scale)
-    options = dict(
-        guidance_scale=guidance_scale, num_inference_steps=6, max_sequence_length=build.TOKENS
-    )
+    options = dict(guidance_scale=guidance_scale, num_inference_steps=6, max_sequence_length=20)
     samples = star.rollout(scene.policy, scene.noise, scene.prompt, (), None, (), None)
     images = star.decode(pipe, samples.latents[:, -1])
     theirs = pipe(PROMPTS, latents=scene.noise, **options).images
@@ -563,18 +561,17 @@ def test_9_two_processes_in_one_folder(tmp_path):
 
 def test_9_full_disk(finished, tmp_path, monkeypatch):
     """The second checkpoint cannot be written: one sentence, and the run goes on from the first."""
-    folder, limits = tmp_path / "checkpoint", resource.getrlimit(resource.RLIMIT_FSIZE)
-    save = star.Trainer.save
+    first, second = (tmp_path / "checkpoint" / name for name in "12")
+    save, (limit, most) = star.Trainer.save, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def save_to_full_disk(*args):
-        limit = 500_000 if (folder / "1").exists() else limits[0]
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500_000 if first.exists() else limit, most))
         try:
             save(*args)
         finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
 
-    sentence = f"^star.py: {folder}/2 cannot be written: .+; --resume continues from {folder}/1$"
+    sentence = f"^star.py: {second} cannot be written: .+; --resume continues from {first}$"
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match=sentence):
         patch.setattr(star.Trainer, "save", save_to_full_disk)
         run(tmp_path)
@@ -613,9 +610,9 @@ def trainer_of(options):
 
 
 OPTIONS = """--kl-weight 0.5 --max-gradient-norm 0.1
-    --allocation spatiotemporal --no-same-noise --lam 0.5 --ema-decay 0.25
+    --allocation spatiotemporal --no-same-noise --lam 0.5 --ema-decay 0.5
     --allocation uniform --global-std
-    --updates-per-iteration 2 --guidance-scale 2 --ema-decay 0.25"""
+    --updates-per-iteration 2 --guidance-scale 2 --ema-decay 0.38"""
 
 
 @pytest.mark.parametrize("options", OPTIONS.split("\n"))
@@ -624,8 +621,8 @@ def test_an_iteration_is_the_gradient_of_one_loss(options, monkeypatch):
     ratio is 1 even if the rollout rounds otherwise, as compiled code does."""
     sizes = """--prompts-per-iteration 2 --group-size 4 --batch-size 2 --max-gradient-norm 1e9
         --steps 4 --stochastic-steps 2 --stochastic-range 1-2 --advantage-clip 1 --ema-decay 0 """
-    trainer, steps, batches, scored = trainer_of(sizes + options), range(1, 3), [], []
-    args, model, rollout = trainer.args, trainer.transformer, star.rollout
+    trainer, steps, scored = trainer_of(sizes + options), range(1, 3), []
+    args, model = trainer.args, trainer.transformer
     twin, start = copy.deepcopy(model), flat(model.parameters())
     rewards, rounding = torch.arange(8.0) ** 2, 0.03 if args.global_std else 0.0
     if trainer.reference:
@@ -635,32 +632,26 @@ def test_an_iteration_is_the_gradient_of_one_loss(options, monkeypatch):
         for weight in trainer.reference:  # so that there is a distance
             weight *= 1.1
     trainer.optimizer, optimizer = (torch.optim.SGD(m.parameters(), 0.1) for m in (model, twin))
-
-    def recorded(policy, noise, prompt, stochastic, *others):
-        assert stochastic == steps
-        samples = rollout(policy, noise, prompt, stochastic, *others)
-        samples.log_prob += rounding
-        batches.append((samples.latents, samples.log_prob, samples.maps, *prompt))
-        return samples
-
-    monkeypatch.setattr(star, "rollout", recorded)
-    monkeypatch.setattr(
-        trainer.task, "reward", lambda _, prompts: scored.extend(prompts) or rewards
-    )
-    line = trainer.iterate(1)
-    parts = (part[0] if part[0] is None else torch.cat(part) for part in zip(*batches))
-    latents, old, maps, *prompt = parts
-    assert_close(prompt, list(star.encode(trainer.pipe, scored, args.max_sequence_length)))
+    _, batches = sampled = trainer.sample(3)
+    for batch in batches:
+        assert batch.steps == steps
+        batch.log_prob += rounding
+    monkeypatch.setattr(trainer, "sample", {3: sampled}.get)
+    monkeypatch.setattr(trainer.task, "reward", lambda _, texts: scored.extend(texts) or rewards)
+    line = trainer.iterate(3)
+    latents, old = (torch.cat([getattr(x, n) for x in batches]) for n in ("latents", "log_prob"))
+    prompt = star.encode(trainer.pipe, scored, args.max_sequence_length)
     weights = torch.ones_like(old)
     if args.allocation != "uniform":
+        maps = torch.cat([batch.maps for batch in batches])
         weights = allocation_weights(maps, SIZE, args.allocation, args.lam)
     advantages = star.group_advantages(rewards.view(2, 4), args.global_std, 1.0).flatten()
     policy, others = replace(trainer.policy(4), transformer=twin), copy.deepcopy(twin)
     assert (latents[:4, 0] == latents[0, 0]).all() == args.same_noise
-    average = start
-    for n, i in enumerate(torch.arange(8).chunk(args.updates_per_iteration)):
+    average, done = start, 2 * args.updates_per_iteration
+    for n, i in enumerate(torch.arange(8).chunk(args.updates_per_iteration), done):
         new, means = log_prob(policy, latents, steps, prompt)
-        before = old if n else new.detach()
+        before = new.detach() if n == done else old
         loss = star_loss(new[i], before[i], advantages[i], weights[i], 2e-2)[0]
         if trainer.reference:
             for weight, value in zip(others.parameters(), trainer.reference):
@@ -674,7 +665,8 @@ def test_an_iteration_is_the_gradient_of_one_loss(options, monkeypatch):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(twin.parameters(), args.max_gradient_norm)
         optimizer.step()
-        average = average.lerp(flat(twin.parameters()), 9 / (10 + n))  # the decay starts at 0.1
+        decay = min(args.ema_decay, (1 + n) / (10 + n))  # 0.25 or, limited, 0.357 and 0.38
+        average = decay * average + (1 - decay) * flat(twin.parameters())
     expected = flat(twin.parameters()) - start
     assert difference(flat(model.parameters()) - start, expected) < 1e-4
     ratio = pytest.approx(math.exp(-rounding), rel=1e-4 * rounding, abs=0)  # where one can see it
@@ -684,7 +676,7 @@ def test_an_iteration_is_the_gradient_of_one_loss(options, monkeypatch):
         assert difference(flat(trainer.ema) - start, average - start) < 2e-3
     model.proj_out.bias.data += math.inf
     with pytest.raises(UserError, match="gradient is not finite; lower --learning-rate"):
-        trainer.iterate(2)
+        trainer.iterate(3)
     monkeypatch.undo()  # evaluation samples from the average, if there is one
     monkeypatch.setattr(star, "decode", lambda pipe, latents: [latents.isfinite().all()])
     assert trainer.generate(PROMPTS) == [bool(trainer.ema)]
@@ -696,24 +688,10 @@ def test_equal_rewards_teach_nothing(pipe, tmp_path, monkeypatch):
     options = ["--kl-weight", "1", "--monitor", "", "--iterations"]
     run(tmp_path, *options, "1")
     run(tmp_path, *options, "2", "--resume")
-    tensors, start = checkpoint(tmp_path), dict(pipe.transformer.named_parameters())
-    names = {name: name for name in start} | {f"ema.{i}": name for i, name in enumerate(start)}
-    assert tensors.keys() == names.keys()
-    for name, tensor in tensors.items():
-        assert_close(tensor, start[names[name]], atol=0, rtol=0)
+    start = dict(pipe.transformer.named_parameters())
+    start |= {f"ema.{i}": weight for i, weight in enumerate(start.values())}
+    assert_close(checkpoint(tmp_path), start, atol=0, rtol=0)
     assert [line.get("gradient_norm") for line in metrics(tmp_path)] == [None, 0, 0]
-
-
-def test_moving_average_by_hand():
-    """The decay grows from 1 / 10 to its limit."""
-    average, weights, expected = [torch.zeros(2)], [torch.ones(2)], 0.0
-    for n in range(30):
-        star.update_ema(average, weights, 0.7, n)
-        d = min(0.7, (1 + n) / (10 + n))
-        expected = d * expected + (1 - d) * (1 + n)
-        assert_close(average[0], torch.full((2,), expected))
-        weights[0] += 1
-    assert d == 0.7
 
 
 def test_models_that_move_come_back_as_they_were(judges):
@@ -729,16 +707,15 @@ def test_models_that_move_come_back_as_they_were(judges):
     assert [tensor.data_ptr() for tensor in tensors] == places
 
 
-def test_the_trained_window_moves_within_its_range(monkeypatch):
-    """Every window of --stochastic-range comes up, and no other. Each iteration has new noise."""
+def test_what_changes_with_the_iteration():
+    """Every window of --stochastic-range comes up, and no other; noise and prompts are new."""
     sizes = "--prompts-per-iteration 1 --group-size 2 --batch-size 2 --steps 4 --stochastic-steps 2"
-    trainer, calls = trainer_of(sizes), []
-    monkeypatch.setattr(star, "rollout", lambda *inputs: calls.append(inputs) or 1 / 0)
-    for iteration in range(40):
-        with pytest.raises(ZeroDivisionError):
-            trainer.iterate(iteration)
-    assert {tuple(inputs[3]) for inputs in calls} == {(0, 1), (1, 2), (2, 3)}
-    assert len({inputs[1].sum().item() for inputs in calls}) == 40
+    trainers = trainer_of(sizes), trainer_of(sizes + " --seed 1")
+    samples = [trainer.sample(iteration) for trainer in trainers for iteration in range(12)]
+    windows = {(*batch.steps,) for _, (batch,) in samples}
+    assert windows == {(0, 1), (1, 2), (2, 3)}
+    assert len({batch.latents[0, 0].sum().item() for _, (batch,) in samples}) == 24
+    assert len({prompts[0] for prompts, _ in samples}) > 20
 
 
 def test_parts_work_alone_in_another_file(pipe, monkeypatch):
@@ -780,28 +757,25 @@ def test_defaults_follow_the_model(tmp_path):
         (tmp_path / part).mkdir()
         (tmp_path / part / "config.json").write_text(json.dumps(config))
     command = ["--model", str(tmp_path)]
-    full, task = star.parse_arguments(command)
+    full, written = star.parse_arguments(command)
     assert full == star.Arguments(model=str(tmp_path), **star.FULL_SIZE)
-    assert len(task.prompts) >= 500 and not set(task.prompts) & set(task.heldout_prompts)
     small, _ = star.parse_arguments([*command, "--low-memory", "--batch-size", "2"])
     assert (small.batch_size, small.optimizer) == (2, "adafactor")
-    people, task = star.parse_arguments([*command, "--task", "pickscore"])
-    assert people.kl_weight == full.kl_weight / 4
-    assert len(set(task.prompts)) >= 1000 and len(set(task.heldout_prompts)) >= 200
-    assert not set(task.prompts) & set(task.heldout_prompts) and '"' not in "".join(task.prompts)
+    people, preferred = star.parse_arguments([*command, "--task", "pickscore"])
+    assert people.kl_weight == full.kl_weight / 4 and '"' not in "".join(preferred.prompts)
+    for task, most, heldout in ((written, 500, 1), (preferred, 1000, 200)):
+        texts, others = set(task.prompts), set(task.heldout_prompts)
+        assert len(texts) >= most and len(others) >= heldout and not texts & others
     for task in star.MINIATURE:
         own = star.Arguments(task=task, **star.MINIATURE[task])
         assert star.parse_arguments(["--task", task])[0] == own
-
-
-def test_the_kl_weight_at_full_size_is_flow_grpo_s():
-    """Theirs is 0.04 / 2 s^2, ours kl_weight / 2 std^2: equal on the mean over trained steps."""
+    # Flow-GRPO's weights divide by 2 s^2, ours by 2 std^2: equal on the mean over trained steps
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    scheduler.set_timesteps(star.Arguments.steps)
-    first, last = map(int, star.FULL_SIZE["stochastic_range"].split("-"))
-    S, intervals = star.Arguments.stochastic_steps, -scheduler.sigmas.diff()
-    mean = intervals[first : last + 1].unfold(0, S, 1).mean().item()
-    assert star.FULL_SIZE["kl_weight"] == pytest.approx(0.04 * mean, rel=0.01)
+    scheduler.set_timesteps(full.steps)
+    first, last = map(int, full.stochastic_range.split("-"))
+    intervals = -scheduler.sigmas.diff()[first : last + 1]
+    mean = intervals.unfold(0, full.stochastic_steps, 1).mean().item()
+    assert full.kl_weight == pytest.approx(0.04 * mean, rel=0.01)
 
 
 def test_without_t5_in_bfloat16_with_little_memory(tmp_path, capsys):
@@ -1044,20 +1018,17 @@ def colours_of(detections, name):
 
 @cases("""
     include                    | exclude | outcomes            | why
-    1 dog                      |       | D yes 1, C no 0      | single object
-    1 dog                      |       | DG yes 0             | more is no fault unless excluded
+    1 dog                      |       | D yes 1, C no 0, DG yes 0 | more is no fault
     1 dog, 1 cat               |       | DC yes 1, D no 1/2   | two objects
     3 dog                      | 4 dog | DDD yes 1, DD no 2/3, DDDD no 2/3 | counting
     3 dog                      |       | DDDDDDD yes 0        | a credit is never negative
     1 dog                      | 1 cat | DC no 1              | exclude another class
-    1 red dog                  |       | D yes 1, C no 0      | colour
+    1 red dog                  |       | D yes 1, C no 0, DG yes 1/2 | colour
     1 green dog                |       | D no 1/2, DG no 0    | the most confident one is judged
-    1 red dog                  |       | DG yes 1/2           | the same
     2 red dog                  |       | DG no 3/4            | one of two is red
     1 red dog, 1 blue cat      |       | DC yes 1, D no 1/2   | colour attribution
     1 green dog, 1 blue cat    |       | DC no 3/4            | one wrong colour
-    1 cat, 1 dog left of 0     |       | DC yes 1             | position, to a clause by its index
-    1 cat, 1 dog left of 0     |       | D no 1/3, C no 1/3   | nothing to stand beside
+    1 cat, 1 dog left of 0     |       | DC yes 1, D no 1/3, C no 1/3 | to a clause by its index
     1 cat, 1 dog right of 0    |       | DC no 2/3, GC yes 1  | the other side
     1 red cat, 1 dog left of 0 |       | DC no 2/4            | beside what is not as asked
     2 cat, 1 dog left of 0     |       | DCL no 2/3, DCR yes 1 | left of all of them
@@ -1090,9 +1061,8 @@ def test_detector_and_colours_of_the_world(judges):
             overlaps.append(best)
     assert numpy.mean(agree) >= 0.9 and sum(right) >= 114
     assert numpy.mean(overlaps) > 0.5  # masks of 2-pixel squares
-    shots = [
-        shot for shot in world(200, mistakes=(1.0, 1.0))[0] if "faded objects" in shot["mistakes"]
-    ]
+    shots, _, _ = world(200, mistakes=(1.0, 1.0))
+    shots = [shot for shot in shots if "faded objects" in shot["mistakes"]]
     seen = [found.values() for found in geneval.detect([shot["image"] for shot in shots])]
     faded = sum(len(ones) for found in seen for ones in found)
     assert faded < 0.1 * sum(len(shot["objects"]) for shot in shots) > 1
@@ -1248,8 +1218,7 @@ def test_the_task_in_the_readme(tmp_path):
 
 # --------------------------------------------------------------------------------------- Bad input
 EARLY = """
-    --task chess | task chess is not known; choose ocr, geneval, pickscore
-    --monitor signs,chess | task chess is not known; choose ocr, geneval, pickscore
+    --task chess; --monitor signs,chess | task chess is not known; choose ocr, geneval, pickscore
     --task mine.py:Reward | there is no file mine.py
     --task rewards.py:Gone; --task rewards.py:read_lines; --task IN/mine.py:NoReward | be a subclass
     --task ocr:0,pickscore:0; --task ocr:-1,pickscore:2 | weights must be 0 or more and their sum
@@ -1282,8 +1251,7 @@ LATE = """
     --out IN/run --resume | checkpoint/3: Error while deserializing header
     --out IN/part --resume | checkpoint/3: a part of it is missing
     --reward-model tiny/clip | reward model tiny/clip
-    --reward-model IN/cut; --reward-model IN/unsafe | (only weights in safetensors format are read)
-    --model IN/unsafe | (only weights in safetensors format are read)
+    --reward-model IN/cut; --reward-model IN/unsafe; --model IN/unsafe | (only weights in safetens
     --task pickscore --reward-model tiny/ocr | reward model tiny/ocr is not a clip model
     --model IN/mute; --model IN/wordless | has no tokenizer
     --prompts IN/long.txt | core words of 2 of 3 prompts lie beyond the token limit; shorten them
@@ -1317,22 +1285,20 @@ LATE = [[each, says] for many, says in rows(LATE) for each in many.split("; ")]
 def inputs(finished, tmp_path_factory):
     """A folder of files with mistakes in them."""
     folder, far = tmp_path_factory.mktemp("inputs"), "a wall " * 30 + 'with a sign "K7Q"'
-    flux = '{"_class_name": "FluxTransformer2DModel"}'
     texts = {
         "mine.py": "import rewards\nclass NoReward(rewards.Task): pass",
-        "flux/transformer/config.json": flux,
-        "flux/vae/config.json": flux,
         "damaged/config.json": '{"task": ',
-        "run/config.json": (finished / "config.json").read_text(),
-        "run/checkpoint/3/history.json": "[9, []]",
         "run/checkpoint/3/0.safetensors": "not tensors",
-        "part/config.json": (finished / "config.json").read_text(),
-        "part/checkpoint/3/history.json": "[9, []]",
         "empty.txt": "\n \n",
         "latin.txt": 'a café "B"',
         "unquoted.txt": 'a "B"\n\na ball\na box\n',
         "long.txt": f"{far}\n{far} here\n{PROMPTS[0]}",
     }
+    for name in ("run", "part"):
+        texts[f"{name}/config.json"] = (finished / "config.json").read_text()
+        texts[f"{name}/checkpoint/3/history.json"] = "[9, []]"
+    for part in ("transformer", "vae"):
+        texts[f"flux/{part}/config.json"] = '{"_class_name": "FluxTransformer2DModel"}'
     for i, (field, value, _) in enumerate(BROKEN):
         record = dict(tag="a", prompt="a ball", include=clauses("1 ball, 1 ball"), exclude=[])
         (record if field in record else record["include"][1])[field] = value
@@ -1340,14 +1306,13 @@ def inputs(finished, tmp_path_factory):
     for name, text in texts.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="latin-1")
-    shutil.copytree("tiny/sd3", folder / "mute")
+    for source, name in rows(
+        "sd3 | mute\n sd3 | wordless\n ocr | cut\n ocr | unsafe\n sd3 | unsafe"
+    ):
+        shutil.copytree(f"tiny/{source}", folder / name, dirs_exist_ok=True)
     shutil.rmtree(folder / "mute/tokenizer")
-    shutil.copytree("tiny/sd3", folder / "wordless")
     (folder / "wordless/tokenizer/tokenizer.json").unlink()
-    shutil.copytree("tiny/ocr", folder / "cut")
     os.truncate(folder / "cut/model.safetensors", 99)
-    shutil.copytree("tiny/ocr", folder / "unsafe")
-    shutil.copytree("tiny/sd3", folder / "unsafe", dirs_exist_ok=True)
     for part in (".", "transformer", "text_encoder"):
         for file in (folder / "unsafe" / part).glob("*.safetensors"):
             file.rename(file.with_suffix(".bin"))
@@ -1513,11 +1478,10 @@ def test_words_of_a_prompt_by_their_kind():
     prompt = "a red wall with two boxes left of a red ball"
     ball = {"class": "ball", "count": 1, "color": "red"}
     boxes = {"class": "box", "count": 2, "position": ["left of", 0]}
-    found = allocations.words_by_kind(prompt, [ball, boxes])
-    assert found == {
-        "object": ([(40, 44)], {"ball"}),
-        "colour": ([(36, 39)], {"ball"}),  # not that of the wall
-        "relation": ([(26, 33)], {"ball", "box"}),
-    }
+    found = allocations.words_by_kind(prompt, [ball, boxes])  # the colour is not that of the wall
+    both = [(26, 33)], {"ball", "box"}
+    assert found == dict(
+        object=([(40, 44)], {"ball"}), colour=([(36, 39)], {"ball"}), relation=both
+    )
     found = allocations.words_by_kind("two boxes", [{"class": "box", "count": 2}])
-    assert found == {"object": ([(4, 9)], {"box"}), "number": ([(0, 3)], {"box"})}
+    assert found == dict(object=([(4, 9)], {"box"}), number=([(0, 3)], {"box"}))
