@@ -444,8 +444,7 @@ def checkpoint(folder):
 
 
 def assert_resumes_as(whole, folder, *options, foreign=()):
-    """Resumed, a run has the metrics, weights, average and optimizer state of another, and no other
-    files than `foreign` ones and what a run leaves."""
+    """Resumed, a run has the metrics, weights, EMA and optimizer state of another; no more files."""
     run(folder, *options, "--resume")
     assert metrics(folder) == metrics(whole)
     assert_close(checkpoint(folder), checkpoint(whole), atol=0, rtol=0)
@@ -910,8 +909,7 @@ def test_reader_reads_the_world(judges):
 
 
 def test_reader_of_real_images(tmp_path):
-    """Florence-2's classes, with weights that write the numbers from 0 to 39, one per position. The
-    file is in float16, in which a CPU is slow."""
+    """Florence-2's classes, with weights that write the numbers from 0 to 39, one per position."""
     words = "<s> <pad> </s> <unk> <image> What is the text in image ?".split()
     words += map(str, range(40))
     plain = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
@@ -929,7 +927,7 @@ def test_reader_of_real_images(tmp_path):
     transformers.Florence2Processor(pixels, tokenizer).save_pretrained(tmp_path)
     task, images = OCR(model=tmp_path), [Image.new("RGB", (90, 70))] * 3
     task.load("cpu")
-    assert task.reader.dtype == torch.float32
+    assert task.reader.dtype == torch.float32  # the file's float16 is slow on a CPU
     asked = task.processor(images=images[0], text="<OCR>").input_ids[0]
     assert tokenizer.decode(asked, skip_special_tokens=True) == "What is the text in the image ?"
     decoder = task.reader.model.language_model.decoder
