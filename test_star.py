@@ -444,7 +444,7 @@ def checkpoint(folder):
 
 
 def assert_resumes_as(whole, folder, *options, foreign=()):
-    """Resumed, a run has the metrics, weights, EMA and optimizer state of another; no more files."""
+    """Resumed, a run has the metrics, weights, EMA and optimizer state of `whole`; no more files."""
     run(folder, *options, "--resume")
     assert metrics(folder) == metrics(whole)
     assert_close(checkpoint(folder), checkpoint(whole), atol=0, rtol=0)
