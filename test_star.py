@@ -96,7 +96,8 @@ class Scene:
         pipe.scheduler.set_timesteps(6)
         self.noise = torch.randn(2, 8, 16, 16, generator=torch.manual_seed(0))
         self.prompt, empty = (star.encode(pipe, texts, build.TOKENS) for texts in (PROMPTS, [""]))
-        self.core = star.core_tokens_of(pipe, PROMPTS, SPANS, build.TOKENS)
+        spans = [SPANS[0], [(2, 7)]]  # K7Q and green: both signs are at the same place
+        self.core = star.core_tokens_of(pipe, PROMPTS, spans, build.TOKENS)
         self.sigmas, self.transformer = pipe.scheduler.sigmas.tolist(), pipe.transformer
         self.policy = star.Policy(self.transformer, self.sigmas, 0.7, guidance_scale, empty)
 
@@ -444,7 +445,7 @@ def checkpoint(folder):
 
 
 def assert_resumes_as(whole, folder, *options, foreign=()):
-    """Resumed, a run has the metrics, weights, EMA and optimizer state of `whole`; no more files."""
+    """Resumed, it has the metrics, weights, EMA and optimizer state of `whole`; no more files."""
     run(folder, *options, "--resume")
     assert metrics(folder) == metrics(whole)
     assert_close(checkpoint(folder), checkpoint(whole), atol=0, rtol=0)
