@@ -54,10 +54,10 @@ from rewards import UserError, naming, on_device, replaced, require, scores, wri
 def sde_step(latents, velocity, sigma, sigma_next, sigma_max, noise_level):
     """A step of the flow as a stochastic differential equation (Flow-GRPO, "From ODE to SDE").
 
-        s    = a * sqrt(sigma / (1 - sigma))       (at sigma = 1 with sigma_max below the line)
+        s    = a * sqrt(sigma / (1 - sigma))    (at sigma = 1 the denominator is 1 - sigma_max)
         mean = x * (1 + s^2 / (2 sigma) * dt) + v * (1 + s^2 (1 - sigma) / (2 sigma)) * dt
              = x + v * dt + s^2 / 2 * score * -dt
-        std  = s * sqrt(-dt),    dt = sigma_next - sigma < 0
+        std  = s * sqrt(-dt),    dt = sigma_next - sigma < 0,    x' = mean + std * noise
 
     Why noise? A deterministic sampler has no action probabilities, so there is no likelihood to
     differentiate. Why is the mean not x + v * dt? Noise alone would spread x further than the model
