@@ -243,9 +243,9 @@ def core_tokens_of(pipeline, prompts, spans, max_sequence_length):
         encoded = tokenizer(prompts, max_length=length, **options)
         return torch.tensor(encoded["offset_mapping"])
 
-    clip = offsets(pipeline.tokenizer, pipeline.tokenizer.model_max_length)
-    t5 = offsets(pipeline.tokenizer_3, max_sequence_length)
-    starts, ends = torch.cat([clip, t5], dim=1).unbind(-1)  # [B, L]
+    first = offsets(pipeline.tokenizer, pipeline.tokenizer.model_max_length)  # CLIP
+    second = offsets(pipeline.tokenizer_3, max_sequence_length)  # T5
+    starts, ends = torch.cat([first, second], dim=1).unbind(-1)  # [B, L]
     core = torch.zeros_like(starts, dtype=torch.bool)
     for row, prompt_spans in enumerate(spans):
         for start, end in prompt_spans:
