@@ -1,13 +1,14 @@
 """The tasks: what is asked for, which words of the prompt matter, and how good an image is.
 
-`star.py` uses a task through these names and nothing else. README shows how to write one.
+First comes what tasks and star.py share: errors, files, and models that move to the device. Then
+the tasks, which `star.py` uses through these names only. README shows how to write one.
 
     prompts, heldout_prompts     lists of strings
     core_spans(prompt)           the (start, end) characters of the words that the reward is about
     load(device)                 loads the models that the reward needs. Those that are attributes
                                  are moved to the device while images are scored
     reward(images, prompts)      one number per PIL image: a list, an array or a tensor
-    report(images, prompts)      further numbers to log, a dict
+    report(images, prompts)      further numbers to log, a dict; follows a reward of these images
     scale                        a reward is divided by this where it is mixed with others
     monitors                     other tasks whose rewards are logged, but not trained
 
