@@ -189,9 +189,9 @@ def count_fake_iteration(settings, task, make):
 def memory(args):
     """Count the peak memory of each phase of an iteration of star.py, without a GPU.
 
-    star.py's own code runs with the real shapes and with tensors that have no content, and we count
-    their bytes. Not counted are the models of the reward, what CUDA itself takes (about half a
-    GiB), the working space of its kernels, and gaps between tensors. Options of star.py may follow.
+    star.py runs with the real shapes and with tensors that have no content, and we count their
+    bytes. Not counted are the models of the reward, what CUDA itself takes (about half a GiB), the
+    working space of kernels, and gaps between tensors. Options of star.py but --model may follow.
     """
     with tempfile.TemporaryDirectory() as folder, torch.device("meta"):
         diffusers.SD3Transformer2DModel(**SHAPES[args.shapes]).save_config(f"{folder}/transformer")
