@@ -287,8 +287,7 @@ class AttentionAllocator:
     def __enter__(self):
         self.recorded = []
         for attention in self.attentions:
-            hook = attention.register_forward_pre_hook(self.record, with_kwargs=True)
-            self.hooks.append(hook)
+            self.hooks.append(attention.register_forward_pre_hook(self.record, with_kwargs=True))
         return self
 
     def __exit__(self, *exception):
@@ -596,7 +595,8 @@ class Trainer:
 
     def save_pipeline(self, path):
         """Write a complete pipeline; what was not loaded (T5 with --no-t5) comes from --model."""
-        parts = {name: part for name, part in self.pipe.components.items() if part}
+        has, parts = self.pipe.load_config(self.args.model), self.pipe.components.items()
+        parts = {name: part for name, part in parts if part or not has.get(name, [None])[0]}
         pipe = load_pipeline(self.args.model, dtype=self.pipe.text_encoder.dtype, **parts)
         with replaced(self.weights, self.ema) if self.ema else nullcontext():
             pipe.save_pretrained(path, max_shard_size="2GB")  # each is copied to main memory

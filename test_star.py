@@ -41,7 +41,6 @@ from rewards import OCR, Detection, GenEval, UserError, make_task, quoted_span, 
 from star import AttentionAllocator, allocation_weights, position_log_prob, sde_step, star_loss
 
 sys.path.insert(0, str(Path(__file__).parent / "tiny"))
-sys.path.insert(0, str(Path(__file__).parent / "study"))
 import build  # the world that the miniatures were trained on
 
 os.chdir(Path(__file__).parent)  # names such as tiny/sd3 start here
@@ -363,6 +362,8 @@ def test_8_advantages(global_std):
     std = (rewards if global_std else rewards[0]).std(unbiased=False)
     assert_close(advantages[0], (rewards[0] - rewards[0].mean()) / (std + 1e-4))
     assert_close(star.group_advantages(rewards, global_std, 0.5), advantages.clamp(-0.5, 0.5))
+    same = torch.tensor([[22, 23, 25]]), torch.tensor([[22.0, 23, 25]])
+    assert torch.equal(*(star.group_advantages(each, global_std) for each in same))
 
 
 # -------------------------------------------------------------------------------------------- Runs
@@ -722,7 +723,8 @@ def test_defaults_follow_the_model(tmp_path):
 
 def test_without_t5_in_bfloat16_with_little_memory(tmp_path, capsys):
     """The weights are float32 although the file's are not, since a learning rate of 1e-5 would be
-    lost. T5's part of the context is zeros without core tokens; what is saved is whole again."""
+    lost. T5's part of the context is zeros without core tokens; what is saved is whole again, or as
+    whole as the model was."""
     shutil.copytree("tiny/sd3", tmp_path / "half")
     file = tmp_path / "half/transformer/diffusion_pytorch_model.safetensors"
     half = {name: tensor.bfloat16() for name, tensor in load_file(file).items()}
@@ -745,6 +747,10 @@ def test_without_t5_in_bfloat16_with_little_memory(tmp_path, capsys):
     assert clip.any() and not t5.any()
     core = star.core_tokens_of(saved, PROMPTS, SPANS, 20)
     assert core.sum(1).tolist() == [3, 3] and not core[:, 20:].any()
+    saved.save_pretrained(tmp_path / "without")
+    run(tmp_path / "other", *options.replace("/half", "/without").split())
+    other = json.loads((tmp_path / "other/pipeline/model_index.json").read_text())
+    assert other["text_encoder_3"] == [None, None]
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-8])
