@@ -20,7 +20,7 @@ import statistics
 import sys
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -41,9 +41,16 @@ import star
 from rewards import OCR, GenEval, Task, UserError, naming, require, scores
 
 NAMES = {"uniform": "Flow-GRPO", "spatial": "STAR"}  # the other kinds have no other name
-KINDS, RATES = "uniform,spatial,spatiotemporal,lam0.5,shuffled,oracle", "2e-4,4e-4,8e-4,1.6e-3"
-TUNING_SEEDS, FRESH_SEEDS = "100,101,102,103", "10,11,12,13,14,15,16,17,18,19"
-RUNS = Path("runs/sweep")
+KINDS = "uniform,spatial,spatial0.5,spatiotemporal,spatiotemporal0.5"
+CONTROLS = ",shuffled,oracle"
+RATES = "2e-4,4e-4,8e-4,1.6e-3"
+TUNING_SEEDS, FRESH_SEEDS = "100,101,102,103", "20,21,22,23,24,25,26,27,28,29"
+RUNS = Path("runs/study")
+STUDY = {  # the options of star.py for each task of the comparison
+    "ocr": "--iterations=20 --ema-decay=0 --monitor=",
+    "geneval": "--iterations=20 --monitor=",
+    "pickscore": "--iterations=10",
+}
 COLOURS = "#1f77b4 #d62728 #2ca02c #9467bd #ff7f0e #17becf".split()
 
 
@@ -153,15 +160,21 @@ def tokens_of(masks):
     return torch.nn.functional.avg_pool2d(together[None].float(), build.GRID)[0] >= 0.25
 
 
-def true_region(task, image):
-    """Which tokens show what the reward is about, judged by the image alone: bool [8, 8].
+def true_regions(task, images):
+    """Which tokens show what the reward is about, judged by the images alone: bool [B, 8, 8].
 
     GenEval: the masks of the detected objects. OCR: the places that look like a sign. There most
     pixels are shades of one colour of signs, many of them light, and the wall has another colour.
     """
     if isinstance(task, GenEval):
-        (found,) = task.detect([image])
-        return tokens_of([one.mask for objects in found.values() for one in objects])
+        masks = [
+            [one.mask for ones in found.values() for one in ones] for found in task.detect(images)
+        ]
+        return torch.stack([*map(tokens_of, masks)])
+    return torch.stack([*map(sign_region, images)])
+
+
+def sign_region(image):
     pixels = (build.to_tensor([image])[0] / 2 + 0.5) * 255
     wall = pixels.flatten(1).median(1).values
     region, (width, height) = torch.zeros(8, 8, dtype=torch.bool), build.SIGN
@@ -185,14 +198,55 @@ def changed_maps(kind, task, pipe, samples):
         order = torch.rand(values.shape).argsort(-1).to(values.device)
         return values.gather(-1, order).view_as(samples.maps)
     if kind == "oracle":
-        images = star.decode(pipe, samples.latents[:, -1])
-        regions = torch.stack([true_region(task, image) for image in images])
+        regions = true_regions(task, star.decode(pipe, samples.latents[:, -1]))
         return regions.to(samples.maps)[:, None].expand_as(samples.maps)
     return samples.maps
 
 
 class KindTrainer(star.Trainer):
-    """star.py's trainer with a kind of allocation from this file."""
+    """star.py's trainer with a kind of allocation from this file. It measures its distance."""
+
+    def __init__(self, args, task):
+        super().__init__(args, task)  # the weights are the starting ones, also with --resume
+        prompts = rewards.evenly_spaced(task.heldout_prompts, args.evaluation_prompts)
+        self.start, self.start_images = watch(self, prompts), self.generate(prompts)
+        self.start_means, self.start_regions = self.means(), self.regions(self.start_images)
+
+    def regions(self, images):
+        """Where they show what the reward is about: None if it is about the whole image."""
+        located = isinstance(self.task, OCR | GenEval)
+        return true_regions(self.task, images) if located else None
+
+    @torch.no_grad()
+    def means(self):
+        """(mean, std) of the policy at each step that may be trained, on the way of `start`."""
+        policy, start = self.policy(self.args.steps), self.start
+        first, last = map(int, self.args.stochastic_range.split("-"))
+        with self.with_weights(self.ema) if self.ema else nullcontext(), self.autocast:
+            steps = range(first, last + 1)
+            return [policy.distribution(start.latents[:, k], k, start.prompt) for k in steps]
+
+    def evaluate(self, prompts):
+        """Also the distance from the starting policy: of the policy, and of the finished image.
+
+        On the starting policy's own way to each image: the KL divergence, mean over steps,
+        channels, positions and prompts. Of images: the mean absolute difference, of 1. Both also
+        inside and outside of the region that the reward is about, in the first or the new image.
+        """
+        metrics, images, values = super().evaluate(prompts)
+        pairs, pool = zip(self.means(), self.start_means), torch.nn.functional.avg_pool2d
+        kl = sum(star.kl_to_reference(mean, start, std) for (mean, std), (start, _) in pairs)
+        old, new = map(build.to_tensor, (self.start_images, images))  # in [-1, 1]
+        both = {"kl": pool(kl / len(self.start_means), 2), "change": (new - old).abs().mean(1) / 2}
+        both["change"] = pool(both["change"], build.GRID)
+        metrics["distance"] = distance = {"map": both["change"].mean(0).tolist()}
+        regions = dict(all=torch.ones(8, 8, dtype=torch.bool).expand_as(both["kl"]))
+        if self.start_regions is not None:
+            inside = self.regions(images) | self.start_regions
+            regions |= dict(inside=inside, outside=~inside)
+        for (name, each), (where, region) in itertools.product(both.items(), regions.items()):
+            distance[f"{name} {where}"] = each[region].mean().item()
+        return metrics, images, values
 
     def allocation(self, samples):
         maps = changed_maps(self.kind, self.task, self.pipe, samples)
@@ -201,9 +255,10 @@ class KindTrainer(star.Trainer):
 
 def run_options(kind, more, **fixed):
     """Options of star.py for a run: the kind's, `fixed` and `more`, which must not contradict."""
-    require(kind in KINDS.split(","), f"kind {kind} is not one of {KINDS}")
-    fixed["allocation"] = kind if kind in ("uniform", "spatiotemporal") else "spatial"
-    fixed["lam"] = 0.5 if kind == "lam0.5" else 1.0
+    require(kind in (KINDS + CONTROLS).split(","), f"kind {kind} is not one of {KINDS}{CONTROLS}")
+    name, half = kind.removesuffix("0.5"), kind.endswith("0.5")
+    fixed["allocation"] = name if name in ("uniform", "spatiotemporal") else "spatial"
+    fixed["lam"] = 0.5 if half else 1.0
     options = [f"--{name.replace('_', '-')}={value}" for name, value in fixed.items()]
     settings, task = star.parse_arguments([*options, *more])
     wrong = [name for name, value in fixed.items() if getattr(settings, name) != value]
@@ -265,6 +320,26 @@ def sweep(kinds=KINDS, rates=RATES, evaluate_every=1, folder=RUNS, goal=0.8, mor
         best = max(areas, key=lambda rate, areas=areas: statistics.mean(areas[rate]))
         final += train(kind, f"{best}", FRESH_SEEDS, evaluate_every, folder, more)[kind, best]
     compare(final, goal)
+
+
+def all_(folder=RUNS):
+    """Make all runs of the comparison in study/RESULTS.md: hours. What is finished is kept."""
+    tuned = {}
+    for task, options in STUDY.items():
+        more = ["--task", task, *options.split()]
+        tuned[task] = train(KINDS, "4e-4,8e-4", TUNING_SEEDS, 2, folder, more)
+    for task, options in STUDY.items():
+        more, chosen = ["--task", task, *options.split()], defaultdict(set)
+        for kind in KINDS.split(","):
+            areas = {}
+            for (of, rate), runs in tuned[task].items():
+                if of == kind:
+                    areas[rate] = statistics.mean(area(evaluations(run)) for run in runs)
+                    if kind in ("uniform", "spatial"):  # both rates, for the prediction
+                        chosen[rate].add(kind)
+            chosen[max(areas, key=areas.get)].add(kind)
+        for rate, kinds in chosen.items():
+            train(",".join(sorted(kinds)), f"{rate}", FRESH_SEEDS, 2, folder, more)
 
 
 # ----------------------------------------------------------------------------------- Comparing runs
@@ -609,7 +684,7 @@ def faults(images=96, more=()):
         print(f"{name:<20}{count / len(shown):6.1%}")
 
 
-COMMANDS = [maps, train, sweep, compare, curves, map_quality, gradients, problem, faults]
+COMMANDS = [maps, train, all_, sweep, compare, curves, map_quality, gradients, problem, faults]
 
 
 def main(argv=None):
@@ -618,7 +693,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, **style)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for function in COMMANDS:
-        name, about = function.__name__.replace("_", "-"), inspect.getdoc(function)
+        name, about = function.__name__.strip("_").replace("_", "-"), inspect.getdoc(function)
         command = commands.add_parser(name, help=about.split("\n")[0], description=about, **style)
         command.set_defaults(function=function)
         for name, parameter in inspect.signature(function).parameters.items():
@@ -632,7 +707,7 @@ def main(argv=None):
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
-    options = vars(args) | ({} if args.function in (compare, curves) else {"more": more})
+    options = vars(args) | ({} if args.function in (all_, compare, curves) else {"more": more})
     if more and "more" not in options:
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     try:
