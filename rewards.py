@@ -1,39 +1,39 @@
 """The tasks: what is asked for, which words of the prompt matter, and how good an image is.
 
-First comes what tasks and star.py share: errors, files, and models that move to the device. Then
-the tasks, which `star.py` uses through these names only. README shows how to write one.
+First come errors, files and models, for star.py too. Tasks, of which README has one, have
 
     prompts, heldout_prompts     lists of strings
     core_spans(prompt)           the (start, end) characters of the words that the reward is about
-    load(device)                 loads the models that the reward needs. Those that are attributes
-                                 are moved to the device while images are scored
+    load(device)                 loads its models; attributes move to the device when they score
     reward(images, prompts)      one number per PIL image: a list, an array or a tensor
     report(images, prompts)      further numbers to log, a dict; follows a reward of these images
     scale                        a reward is divided by this where it is mixed with others
     monitors                     other tasks whose rewards are logged, but not trained
 
-Constructors take (prompts, heldout_prompts, model, full_size): two files and the names of models,
-None for the task's own, and whether a full-size model is trained. They raise UserError.
+Constructors take two prompt files and models (None: the task's own), and if images are full-size.
 """
 
 import functools
 import importlib.util
-import itertools
 import json
+import math
+import os.path
 import re
 import sys
 import tempfile
-from contextlib import contextmanager
+import textwrap
+from collections import namedtuple
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
 
+import diffusers
 import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
 
 TINY = Path(__file__).parent / "tiny"
-PARTIAL = ".partial-"  # names of folders in which something is being written
+PARTIALS = ".star-partial-*"  # names of folders in which something is being written
 
 
 # ------------------------------------------------------------------------------ Errors and loading
@@ -46,29 +46,45 @@ def require(condition, sentence):
         raise UserError(sentence)
 
 
+def silence_libraries():
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
 @contextmanager
-def naming(subject, weights=False):
+def naming(subject):
     """The one place that turns errors of files and libraries into a sentence about `subject`."""
-    subject = f"{subject} (only weights in safetensors format are read)" if weights else subject
     try:
         yield
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # the libraries raise many kinds
-        text = str(error).strip().split("\n")[0] or "failed"
-        raise UserError(f"{subject}: {text} ({type(error).__name__})") from error
+        text = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise UserError(f"{subject}: {one_line(text)} ({type(error).__name__})") from error
 
 
-def write(path, save, *content):
-    """save(path, *content) to a temporary place, then move it: a kill leaves the old or the new."""
+def one_line(value):
+    return textwrap.shorten(str(value), 300, placeholder=" ...")
+
+
+def write(path, save, *content, new=False):
+    """save(path, *content) to a temporary place, then move it: a kill leaves the old or the new.
+    A folder that is there keeps files that are not ours; with `new` none may be there."""
     with naming(f"{path} cannot be written"):
         path.parent.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=path.parent) as side:
+        with tempfile.TemporaryDirectory(prefix=PARTIALS[:-1], dir=path.parent) as side:
             partial = Path(side, path.name)
             save(partial, *content)
-            if path.is_dir():
-                path.rename(Path(side, "old"))
-            partial.replace(path)
+            if not (partial.is_dir() and path.is_dir()):
+                return partial.replace(path)
+            require(not new, f"{path} exists: another process writes to this folder")
+            *files, index = sorted(partial.rglob("*.*"), key=lambda file: -len(file.parts))
+            (path / index.name).unlink(missing_ok=True)  # a kill must leave nothing that loads
+            for file in (*files, index):
+                place = path / file.relative_to(partial)
+                place.parent.mkdir(exist_ok=True)
+                file.replace(place)
 
 
 @contextmanager
@@ -90,82 +106,110 @@ def on_device(device, *modules):
     return replaced(weights, [weight.data.to(device) for weight in weights])
 
 
-def load_config(kind, name):
-    """The configuration of a model of class `kind`. UserError if `name` holds another model."""
-    config = load_part(transformers.AutoConfig, name)
-    wanted = getattr(kind, "config_class", type(config)).model_type
-    require(config.model_type == wanted, f"reward model {name} is not a {wanted} model")
-    return config
-
-
-def load_model(kind, name, device):
-    """A frozen model of class `kind`, in float32 on a CPU, where float16 is slow."""
-    load_config(kind, name)
+def load_judge(kind, name, device):
+    """A frozen reward model, in float32 on a CPU, where float16 is slow."""
     dtype = torch.float32 if device == "cpu" else "auto"
-    model = load_part(kind, name, use_safetensors=True, dtype=dtype)
+    model = load_model(kind, name, dtype=dtype, trust_remote_code=False)
     return model.to(device).eval().requires_grad_(False)
 
 
+def load_model(kind, name, subfolder="", **options):
+    """A model of class `kind`, all of whose weights come from the file and are finite."""
+    where = f"the model {name} {subfolder}".strip()
+    options |= dict(use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True)
+    with naming(f"{where} (only weights in safetensors format are read)"):
+        # the libraries only warn of weights that do not fit, and make random ones
+        model, found = kind.from_pretrained(name, subfolder=subfolder, **options)
+        weights, trained = model.state_dict().items(), dict(model.named_parameters())
+        wrong = [name for name in found["missing_keys"] if name in trained]  # buffers are computed
+        wrong += [*found["unexpected_keys"], *(name for name, *_ in found["mismatched_keys"])]
+        wrong += [name for name, weight in weights if not weight.isfinite().all()]
+    # poolers are never used, and some files have buffers
+    wrong = [name for name in wrong if not re.search("pooler|position_i|attn_mask|inv_freq", name)]
+    fault = f"{len(wrong)} weights are missing, unknown, of another shape or not finite"
+    require(not wrong, f"{where}: {fault}, such as {', '.join(wrong[:3])}")
+    return model
+
+
 def load_part(kind, name, **options):
-    with naming(f"reward model {name}", weights=True):
-        return kind.from_pretrained(name, trust_remote_code=False, **options)
+    with naming(f"reward model {name}"):
+        part = kind.from_pretrained(name, trust_remote_code=False, **options)
+    check_tokenizers(f"reward model {name}", math.inf, getattr(part, "tokenizer", None))
+    return part
+
+
+def check_tokenizers(name, limit, *tokenizers):
+    """UserError for one without words or a limit, which the libraries make if files are missing."""
+    for each in filter(None, tokenizers):
+        words = len(each) - len(each.all_special_tokens)
+        require(words > 9 and each.model_max_length <= limit, f"{name}: a tokenizer lacks files")
 
 
 def networks(*tasks):
     """The models that tasks hold as attributes."""
     parts = [part for task in tasks for part in getattr(task, "tasks", [task])]
-    values = [value for part in parts for value in vars(part).values()]
-    return [value for value in values if isinstance(value, torch.nn.Module)]
+    return [x for part in parts for x in vars(part).values() if isinstance(x, torch.nn.Module)]
 
 
-def remembered(method):
-    """method(self, images, prompts) with its last result: a report follows a reward."""
-
-    @functools.wraps(method)
-    def call(self, images, prompts):
-        last = getattr(self, "last", None)
-        if not last or last[0] is not images or last[1] != prompts:
-            last = self.last = images, prompts, method(self, images, prompts)
-        return last[2]
-
-    return call
+def load(task, device, home):
+    """Load a task's models and try them: some may not fit together. Then they wait at home."""
+    known = type(task) in TASKS.values()  # an exception of the user's own class keeps its traceback
+    with naming(f"reward models {', '.join(task.models)}") if known else nullcontext():
+        task.load(device)
+        if known:
+            scores(task, [Image.new("RGB", (64, 64), "white")], task.prompts[:1])
+    for network in networks(task):
+        network.to(home)
 
 
 @torch.no_grad()
-def scores(task, images, prompts):
-    """The rewards of a task as float32 [B] on the CPU."""
-    rewards = torch.as_tensor(task.reward(images, prompts), dtype=torch.float32, device="cpu")
-    good = rewards.shape == (len(images),) and rewards.isfinite().all()
-    wanted = f"must be one finite number for each of {len(images)} images"
-    require(good, f"the reward of {type(task).__name__} {wanted}, not {rewards}")
+def scores(task, images, prompts, device=None):
+    """The rewards of a task as float32 [B] on the CPU. Its models move to the device, if given."""
+    with on_device(device, *networks(task)) if device else nullcontext():
+        values, name = task.reward(images, prompts), type(task).__name__
+    wanted = f"the reward of {name} must be one finite number for each of {len(images)} images"
+    with naming(wrong := f"{wanted}, not {one_line(values)}"):
+        rewards = torch.as_tensor(values, dtype=torch.float32, device="cpu")
+        require(rewards.shape == (len(images),) and rewards.isfinite().all(), wrong)
     return rewards
 
 
+def evaluate(task, images, prompts, device):
+    """(rewards, report) of images; the report includes what monitors say."""
+    with on_device(device, *networks(task)), torch.no_grad():
+        rewards, found = scores(task, images, prompts), task.report(images, prompts)
+    with naming(f"the report of {type(task).__name__} must be a dict of numbers, not {found}"):
+        report = {name: float(value) for name, value in found.items()}
+    for monitor in task.monitors:
+        report[type(monitor).__name__] = scores(monitor, images, prompts, device).mean().item()
+    return rewards, report
+
+
+def core_spans(task, prompts):
+    """The (start, end) characters of the core words of each prompt."""
+    spans = [task.core_spans(prompt) for prompt in prompts]
+    wanted = f"core_spans of {type(task).__name__} must return (start, end) pairs"
+    for prompt, each in zip(prompts, spans):
+        with naming(wrong := f"{wanted} inside of the prompt, not {each}: {prompt}"):
+            require(all(0 <= start < end <= len(prompt) for start, end in each), wrong)
+    return spans
+
+
 # ----------------------------------------------------------------------------------- Prompts, tasks
-def read_lines(file):
-    """("FILE, line NUMBER", text) of every line of a file that is not blank."""
+def read_records(file):
+    """("FILE, line NUMBER", record with a prompt) of every line that is not blank. A line is a
+    prompt or, if the file is named or begins like JSON, an object."""
+    require(os.path.isfile(file), f"prompt file {file}: there is no file that can be read twice")
     with naming(f"prompt file {file}"):
         lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
     lines = [(f"{file}, line {n}", line.strip()) for n, line in enumerate(lines, 1) if line.strip()]
     require(lines, f"prompt file {file} is empty; it needs one prompt per line")
-    return lines
-
-
-def read_records(file):
-    """("FILE, line NUMBER", object) of every line of a JSON lines file with prompts."""
-    for where, line in read_lines(file):
-        with naming(where):
-            record = json.loads(line)
-        prompt = record.get("prompt") if isinstance(record, dict) else None
-        require(prompt and isinstance(prompt, str), f"{where}: the field prompt must be a text")
+    is_json = ".json" in str(file).lower() or lines[0][1].startswith(("{", "["))
+    for where, line in lines:
+        with naming(wrong := f"{where} must be a JSON object with a prompt, not {one_line(line)}"):
+            record = json.loads(line) if is_json else {"prompt": line}
+            require(record["prompt"].strip(), wrong)
         yield where, record
-
-
-def read_prompts(file):
-    """("FILE, line NUMBER", prompt) of a file of prompts or, if it ends in .jsonl, of records."""
-    if str(file).endswith(".jsonl"):
-        return [(where, record["prompt"]) for where, record in read_records(file)]
-    return read_lines(file)
 
 
 def evenly_spaced(prompts, count):
@@ -179,21 +223,23 @@ class Task:
 
     own_prompts = "pickscore.txt", "pickscore_heldout.txt"  # in tiny/prompts; real_* at full size
     own_models, real_models = (), ()  # that score the miniature's images, and a real model's
-    scale = 1.0
-    monitors = ()
+    scale, monitors = 1.0, ()
 
     def __init__(self, prompts=None, heldout_prompts=None, model=None, full_size=False):
-        own = [str(TINY / "prompts" / ("real_" * full_size + name)) for name in self.own_prompts]
+        own = self.real_models if full_size else [str(TINY / name) for name in self.own_models]
+        self.models, most = str(model).split(",") if model else own, len(self.real_models)
+        takes = f"{type(self).__name__} takes {len(own)} to {most} models"
+        require(len(own) <= len(self.models) <= most, f"--reward-model {model}: {takes}")
+        kind = "real_" * self.for_real_images(full_size)
+        own = [str(TINY / "prompts" / (kind + name)) for name in self.own_prompts]
         self.files = [prompts or own[0], heldout_prompts or own[1]]
         self.prompts, self.heldout_prompts = map(self.read, self.files)
-        self.models = self.choose_models(model, full_size)
 
-    def choose_models(self, model, full_size):
-        own = self.real_models if full_size else [str(TINY / name) for name in self.own_models]
-        return str(model).split(",") if model else own
+    def for_real_images(self, full_size):
+        return full_size
 
     def read(self, file):
-        return [prompt for _, prompt in read_prompts(file)]
+        return [record["prompt"] for _, record in read_records(file)]
 
     def core_spans(self, prompt):
         return content_word_spans(prompt)
@@ -220,20 +266,17 @@ FUNCTION_WORDS = """a an the this that these those some any each every no of in 
 # ---------------------------------------------------------------------------------------------- OCR
 def edit_distance(a, b):
     """Levenshtein distance: the least number of insertions, deletions and substitutions."""
-    previous = list(range(len(b) + 1))
+    row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
-        current = [i]
+        previous, row = row, [i]
         for j, y in enumerate(b, 1):
-            current.append(min(previous[j] + 1, current[j - 1] + 1, previous[j - 1] + (x != y)))
-        previous = current
-    return previous[-1]
+            row.append(min(previous[j] + 1, row[j - 1] + 1, previous[j - 1] + (x != y)))
+    return row[-1]
 
 
 def text_reward(read, target):
     """Flow-GRPO's OCR reward (arXiv 2505.05470, section 4): 1 - min(distance, len) / len.
-
-    Case and spaces do not count. A text that contains the target is correct.
-    """
+    Case and spaces do not count. A text that contains the target is correct."""
     read, target = ("".join(text.lower().split()) for text in (read, target))
     if target in read:
         return 1.0
@@ -241,8 +284,7 @@ def text_reward(read, target):
 
 
 def quoted_span(prompt):
-    """The (start, end) of the first text between straight double quotes, in a list; [] if none."""
-    # A quotation mark after a digit opens nothing: it means inches.
+    """[(start, end)] of the first text between straight double quotes; 12" opens no quotation."""
     quoted = [match for match in re.finditer(r'(?<!\d)"([^"]*)"', prompt) if match[1].strip()]
     return [match.span(1) for match in quoted[:1]]
 
@@ -254,18 +296,16 @@ class OCR(Task):
     own_models, real_models = ("ocr",), ("florence-community/Florence-2-large",)
 
     def read(self, file):
-        lines = read_prompts(file)
-        for where, prompt in lines:
-            missing = f"{where} has no text between straight double quotes: {prompt}"
-            require(self.core_spans(prompt), missing)
-        return [prompt for _, prompt in lines]
+        for where, record in read_records(file):
+            missing = f"{where} has no text between straight double quotes: {record['prompt']}"
+            require(quoted_span(record["prompt"]), missing)
+        return super().read(file)
 
-    def core_spans(self, prompt):
-        return quoted_span(prompt)
+    core_spans = staticmethod(quoted_span)
 
     def load(self, device):
         self.processor = load_part(transformers.AutoProcessor, self.models[0])
-        self.reader = load_model(transformers.AutoModelForImageTextToText, self.models[0], device)
+        self.reader = load_judge(transformers.AutoModelForImageTextToText, self.models[0], device)
         self.florence = self.reader.config.model_type == "florence2"  # it must be told what to do
         settings = self.reader.generation_config
         if self.florence:  # as documented; without the third it can write one word for ever
@@ -294,39 +334,23 @@ COLOURS = "red orange yellow green blue purple pink brown black white".split()
 CATEGORIES = "single_object two_object counting colors position color_attr".split()
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = ["left of", "right of", "above", "below"]
-COLOUR_PROMPTS = [
-    "a photo of a {colour} {name}",
-    "a photo of a {colour}-colored {name}",
-    "a photo of a {colour} object",
-]
+COLOUR_PROMPTS = "a photo of a {colour} {name}", "a photo of a {colour}-colored {name}"
+COLOUR_PROMPTS += ("a photo of a {colour} object",)
 PLURALS = dict(person="people", knife="knives", sheep="sheep", skis="skis", scissors="scissors")
 PLURALS |= dict(mouse="mice", box="boxes")
-COCO = """person bicycle car motorcycle airplane bus train truck boat traffic_light fire_hydrant
-    stop_sign parking_meter bench bird cat dog horse sheep cow elephant bear zebra giraffe backpack
-    umbrella handbag tie suitcase frisbee skis snowboard sports_ball kite baseball_bat
-    baseball_glove skateboard surfboard tennis_racket bottle wine_glass cup fork knife spoon bowl
-    banana apple sandwich orange broccoli carrot hot_dog pizza donut cake chair couch potted_plant
-    bed dining_table toilet tv laptop computer_mouse tv_remote computer_keyboard cell_phone
-    microwave oven toaster sink refrigerator book clock vase scissors teddy_bear hair_drier
-    toothbrush""".split()
-COCO = [name.replace("_", " ") for name in COCO]  # as the benchmark spells them
+COCO = (TINY / "coco.txt").read_text().splitlines()  # as the benchmark spells them
 CONFIDENCE, COUNTING_CONFIDENCE, MOST_OBJECTS, POSITION_MARGIN = 0.3, 0.9, 16, 0.1  # as published
 
 
-class Detection(NamedTuple):
-    """One object that the detector found."""
-
-    confidence: float
-    box: tuple  # (left, top, right, bottom) in pixels
-    mask: torch.Tensor = None  # bool [height, width]
+# an object that was found: box is (left, top, right, bottom) in pixels, mask bool [height, width]
+Detection = namedtuple("Detection", "confidence box mask", defaults=[None])
 
 
 def relations(box, other):
     """The benchmark's relations of `box` to `other`, from their centres' offset, as a set.
 
     Along each axis the offset is shortened by a tenth of the summed box sizes, then divided by the
-    length of the whole offset. A relation holds where the result exceeds 0.5.
-    """
+    length of the whole offset. A relation holds where the result exceeds 0.5."""
     offset = [(box[i] + box[i + 2] - other[i] - other[i + 2]) / 2 for i in (0, 1)]
     length = (offset[0] ** 2 + offset[1] ** 2) ** 0.5 or 1
     found = set()
@@ -350,9 +374,7 @@ def judge(found, metadata, colours_of):
         colour     share of the asked objects that have the colour, 0 where too few are found
         position   1 where the relation holds, else 0
 
-    found: per class, the most confident first. metadata: a line of the benchmark's file.
-    colours_of(detections, class) -> list of colour names.
-    """
+    found: detections per class, the most confident first. metadata: a line of the benchmark."""
     credits, groups = [], []  # groups: the objects of each clause, [] if they are not as asked
     for clause in metadata["include"]:
         count, name = clause["count"], clause["class"]
@@ -384,8 +406,7 @@ def plural(name):
 
 
 def segmenter_class():
-    """Mask2FormerForUniversalSegmentation; only its training loss needs SciPy."""
-    # Importing this module takes most of a second, which only GenEval should cost.
+    """Mask2Former. Importing it takes most of a second; only its training loss needs SciPy."""
     from transformers.models.mask2former import modeling_mask2former as module
 
     module.requires_backends = lambda *needed: None
@@ -394,49 +415,44 @@ def segmenter_class():
 
 class GenEval(Task):
     """Show the objects of the prompt in number, colour and place (Ghosh et al. 2023).
-
-    Prompt files are like the benchmark's evaluation_metadata.jsonl. `model` is DETECTOR,CLIP.
-    """
+    Prompt files are like the benchmark's evaluation_metadata.jsonl. Models: DETECTOR,CLIP."""
 
     own_prompts = "geneval.jsonl", "geneval_heldout.jsonl"
     own_models = ("detector", "clip")
     real_models = ("facebook/mask2former-swin-small-coco-instance", "openai/clip-vit-large-patch14")
 
-    def __init__(self, prompts=None, heldout_prompts=None, model=None, full_size=False):
-        models = self.choose_models(model, full_size)
-        require(len(models) == 2, f"--reward-model {model}: geneval needs DETECTOR,CLIP")
-        labels = list(load_config(segmenter_class(), models[0]).id2label.values())
-        self.coco = len(labels) == len(COCO)  # COCO detectors differ in spelling, not in order
-        self.labels = COCO if self.coco else labels
+    def for_real_images(self, full_size):
+        labels = list(load_part(transformers.AutoConfig, self.models[0]).id2label.values())
+        # COCO detectors differ in spelling, not in order
+        self.labels = COCO if len(labels) == len(COCO) else labels
         self.metadata = {}  # of each prompt, its record in the benchmark's format
-        super().__init__(prompts, heldout_prompts, ",".join(models), self.coco)
+        return self.labels is COCO
 
     def read(self, file):
-        prompts = []
+        known = {"tag", "include", "exclude", "prompt"}
         for where, record in read_records(file):
-            include, exclude = record.get("include"), record.get("exclude", [])
-            lists = isinstance(include, list) and include and isinstance(exclude, list)
-            require(lists, f"{where}: include and exclude must be lists of clauses")
-            require(isinstance(record.get("tag"), str), f"{where}: the field tag must be a text")
-            for number, clause in enumerate(include + exclude):
-                require(isinstance(clause, dict), f"{where}: clause {clause} must be an object")
-                self.check(where, clause, number)
-            self.metadata[record["prompt"]] = record
-            prompts.append(record["prompt"])
-        return prompts
+            wanted = f"{where} must have a tag and lists of clauses, include and perhaps exclude"
+            with naming(wrong := f"{wanted}, not {one_line(record)}"):
+                include, exclude = record["include"], record.get("exclude", [])
+                good = record.keys() <= known and isinstance(record["tag"], str) and include
+                require(good, wrong)
+                for number, clause in enumerate(include + exclude):
+                    self.check(where, clause, number, number >= len(include))
+            same = self.metadata.setdefault(record["prompt"], record) == record
+            require(same, f"{where}: another record has this prompt, but asks for something else")
+        return super().read(file)
 
-    def check(self, where, clause, number):
-        """UserError if a field of a clause is not as the benchmark has it."""
-        count, colour = clause.get("count"), clause.get("color", "red")
-        whole = type(count) is int and count >= 1
-        require(whole, f"{where}: count {count} must be a whole number of 1 or more")
-        for value, known in ((clause.get("class"), self.labels), (colour, COLOURS)):
-            require(value in known, f"{where}: {value} is not one of {', '.join(known)}")
-        position = json.dumps(clause.get("position"))  # as text, where true and 1.0 are not 1
-        possible = [json.dumps([relation, i]) for relation in RELATIONS for i in range(number)]
-        wanted = f"[one of {', '.join(RELATIONS)}; index of an earlier clause]"
-        good = "position" not in clause or position in possible
-        require(good, f"{where}: position {position} must be {wanted}")
+    def check(self, where, clause, number, excluded):
+        """UserError if a clause is not as the benchmark has it."""
+        known = {"class": self.labels, "count": range(1, MOST_OBJECTS + 1)}
+        if not excluded:
+            places = [[relation, i] for relation in RELATIONS for i in range(number)]
+            known |= {"color": COLOURS, "position": places}
+        for field in {"class": None, "count": None} | clause:
+            require(field in known, f"{where}: a clause has no field {field} here")
+            value, values = clause.get(field), known[field]
+            good = repr(value) in map(repr, values)  # True and 1.0 are not 1
+            require(good, f"{where}: {field} {value} must be one of {one_line([*values])}")
 
     def core_spans(self, prompt):
         """The object, colour, number and position words of the prompt's metadata."""
@@ -453,17 +469,17 @@ class GenEval(Task):
     def load(self, device):
         detector, clip = self.models
         # the size to which the benchmark scales images
-        size = dict(size=dict(shortest_edge=800, longest_edge=1333)) if self.coco else {}
+        size = dict(size=dict(shortest_edge=800, longest_edge=1333)) if self.labels is COCO else {}
         self.detector_processor = load_part(transformers.AutoImageProcessor, detector, **size)
-        self.detector = load_model(segmenter_class(), detector, device)
+        self.detector = load_judge(segmenter_class(), detector, device)
         self.clip_processor = load_part(transformers.AutoProcessor, clip)
-        self.clip = load_model(transformers.CLIPModel, clip, device)
+        self.clip = load_judge(transformers.CLIPModel, clip, device)
 
     @torch.inference_mode()
     def detect(self, images):
         """Per image and class, at most 16 objects of more than 0.3 confidence, best first."""
-        results, batch_size = [], 4 if self.coco else 16  # the real detector sees 800 pixels
-        processor = self.detector_processor
+        results, processor = [], self.detector_processor
+        batch_size = 4 if self.labels is COCO else 16  # the real detector sees 800 pixels
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
             pixels = processor(images=batch, return_tensors="pt").pixel_values
@@ -499,26 +515,21 @@ class GenEval(Task):
         features = unit(self.clip.get_text_features(**inputs.to(self.clip.device)))
         return unit(features.view(len(COLOURS), 3, -1).mean(1))
 
-    @remembered
-    def verdicts(self, images, prompts):
-        """`judge` of each image. Counting trusts only objects of more than 0.9 confidence."""
-        verdicts = []
+    def reward(self, images, prompts):
+        """The graded verdicts. Counting trusts only objects of more than 0.9 confidence."""
+        self.verdicts = []
         for image, prompt, found in zip(images, prompts, self.detect(images)):
             metadata = self.metadata[prompt]
             least = COUNTING_CONFIDENCE if metadata["tag"] == "counting" else CONFIDENCE
             for name, objects in found.items():
                 found[name] = [one for one in objects if one.confidence > least]
-            verdicts.append(judge(found, metadata, functools.partial(self.colours, image)))
-        return verdicts
-
-    def reward(self, images, prompts):
-        """The graded verdict of each image, in [0, 1]; see `judge`."""
-        return [credit for _, credit in self.verdicts(images, prompts)]
+            self.verdicts.append(judge(found, metadata, functools.partial(self.colours, image)))
+        return [credit for _, credit in self.verdicts]
 
     def report(self, images, prompts):
         """The benchmark's score: per category the share of correct images, and their mean."""
         strict = {}
-        for prompt, (correct, _) in zip(prompts, self.verdicts(images, prompts)):
+        for prompt, (correct, _) in zip(prompts, self.verdicts):
             strict.setdefault(self.metadata[prompt]["tag"], []).append(correct)
         shares = {f"strict {tag}": sum(each) / len(each) for tag, each in sorted(strict.items())}
         missing = ", ".join(tag for tag in CATEGORIES if tag not in strict)
@@ -534,10 +545,8 @@ def unit(features):
 # ---------------------------------------------------------------------------------------- PickScore
 class PickScore(Task):
     """Please people: a CLIP trained on which of two images people prefer (Kirstain et al. 2023).
-
     The reward is its logit scale times the cosine of image and prompt, about 20 to 24 for the real
-    model. `model`: the CLIP model, then after a comma the name of its processor if that is another.
-    """
+    model. Models: CLIP,PROCESSOR, the second only if it is another."""
 
     own_models = ("clip",)
     real_models = ("yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K")
@@ -545,7 +554,7 @@ class PickScore(Task):
 
     def load(self, device):
         self.processor = load_part(transformers.AutoProcessor, self.models[-1])
-        self.clip = load_model(transformers.CLIPModel, self.models[0], device)
+        self.clip = load_judge(transformers.CLIPModel, self.models[0], device)
 
     @torch.inference_mode()
     def reward(self, images, prompts, batch_size=32):
@@ -554,7 +563,7 @@ class PickScore(Task):
         for start in range(0, len(images), batch_size):
             part = slice(start, start + batch_size)
             inputs = self.processor(images=images[part], text=prompts[part], **options)
-            inputs = inputs.to(clip.device)
+            inputs.to(clip.device)
             images_of = unit(clip.get_image_features(inputs.pixel_values))
             texts_of = unit(clip.get_text_features(inputs.input_ids, inputs.attention_mask))
             rewards.append(clip.logit_scale.exp() * (images_of * texts_of).sum(-1))
@@ -577,35 +586,33 @@ class Mixture(Task):
 
     def load(self, device):
         for task in self.tasks:
-            task.load(device)
-
-    @remembered
-    def parts(self, images, prompts):
-        return [scores(task, images, prompts) for task in self.tasks]
+            load(task, device, device)
 
     def reward(self, images, prompts):
-        parts = zip(self.weights, self.tasks, self.parts(images, prompts))
+        self.parts = [scores(task, images, prompts) for task in self.tasks]
+        parts = zip(self.weights, self.tasks, self.parts)
         return sum(weight * part / task.scale for weight, task, part in parts)
 
     def report(self, images, prompts):
-        parts = zip(self.tasks, self.parts(images, prompts))
-        return {type(task).__name__: part.mean() for task, part in parts}
+        return {type(task).__name__: part.mean() for task, part in zip(self.tasks, self.parts)}
 
 
 def task_class(name):
     """The class behind `ocr`, `geneval`, `pickscore` or FILE.py:CLASS."""
     if name in TASKS:
         return TASKS[name]
-    if name == "signs":
-        name = f"{TINY / 'build.py'}:Signs"
+    name = f"{TINY / 'build.py'}:Signs" if name == "signs" else name
     file, _, wanted = name.rpartition(":")
     choices = "ocr, geneval, pickscore, FILE.py:CLASS or a mix such as ocr:0.7,pickscore:0.3"
     require(file.endswith(".py"), f"task {name} is not known; choose {choices}")
-    require(Path(file).is_file(), f"task {name}: there is no file {file}")
+    require(os.path.isfile(file), f"task {name}: there is no file {file}")
     sys.path.append(str(Path(file).resolve().parent))  # its helper modules
     spec = importlib.util.spec_from_file_location(f"task_{Path(file).stem}", file)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except SystemExit as error:
+        raise UserError(f"task {name}: {file} calls sys.exit({error})") from error
     task = getattr(module, wanted, None)
     good = isinstance(task, type) and issubclass(task, Task) and hasattr(task, "reward")
     require(good, f"task {name}: {wanted} must be a subclass of rewards.Task with a reward")
@@ -613,12 +620,7 @@ def task_class(name):
 
 
 def make_task(text, prompts=None, heldout_prompts=None, models=None, full_size=False, monitors=""):
-    """The task that --task describes. Several share the prompts of the first.
-
-    `models`: names separated by semicolons, one entry per task; empty for the task's own.
-    `monitors`: names of tasks separated by commas.
-    """
-    # The part "ocr:0.7" has the name ocr and the weight 0.7.
+    """The task that --task describes, maybe "ocr:0.7,signs:0.3". All have the first's prompts."""
     parts = [re.fullmatch(r"(?s)(.*?)(?::(-?\d+\.?\d*))?", part) for part in text.split(",")]
     names, weights = [part[1] for part in parts], [float(part[2] or 1) for part in parts]
     models = models.split(";") if models else []
@@ -627,7 +629,7 @@ def make_task(text, prompts=None, heldout_prompts=None, models=None, full_size=F
     fit = f"--reward-model is for {len(models)} tasks, but --task {text} has {len(names)}"
     require(len(models) <= len(names), fit)
     tasks = []
-    for name, model in itertools.zip_longest(names, models):
+    for name, model in zip(names, models + [None] * len(names)):
         tasks.append(task_class(name)(prompts, heldout_prompts, model, full_size))
         prompts, heldout_prompts = tasks[0].files
     same = all(task.prompts == tasks[0].prompts for task in tasks)

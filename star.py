@@ -11,9 +11,9 @@ reinforcement learning makes those random choices more likely that led to good i
    divided by the standard deviation (`group_advantages`).
 3. Raise the probability of the actions behind the better images, lower the rest (`star_loss`).
 
-Part 1 is Flow-GRPO (arXiv 2505.05470): one advantage for the whole image. Part 2 is what STAR
-(arXiv 2606.17979) adds: positions that attend to the prompt's *core words*, which the reward is
-about, get a larger share. Only the abstract of STAR is public: the details are this project's own.
+Part 1 is Flow-GRPO (arXiv 2505.05470): one advantage for the whole image. In part 2 STAR (arXiv
+2606.17979) gives a larger share to positions that attend to the prompt's *core words*, which the
+reward is about. Only the abstract of STAR is public: the details are this project's own.
 
 Shapes: B images, C channels, H x W latent positions, h x w image tokens, L text tokens, T denoising
 steps of which S are stochastic and trained, N prompts with G images each. Symbols: x latents and x'
@@ -31,23 +31,23 @@ import signal
 import sys
 import tempfile
 import textwrap
+import zlib
 from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Literal
 
 import diffusers
 import torch
 import torch.nn.functional as F
-import transformers
 from diffusers.utils import make_image_grid
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import rewards as tasks
-from rewards import UserError, naming, on_device, replaced, require, scores, write
+from rewards import UserError, naming, on_device, replaced, require, write
 
 
 # ------------------------------------------------------------------------------- Part 1: Flow-GRPO
@@ -62,8 +62,8 @@ def sde_step(latents, velocity, sigma, sigma_next, sigma_max, noise_level):
     Why noise? A deterministic sampler has no action probabilities, so there is no likelihood to
     differentiate. Why is the mean not x + v * dt? Noise alone would spread x further than the model
     has seen in training. A drift along the score, the gradient of log p(x), contracts x by as much.
-    (x is (1 - sigma) * image + sigma * e with Gaussian e, and v estimates e - image. So
-    x + (1 - sigma) * v estimates e, and the score is -e / sigma.) For small steps images are then
+    (x is (1 - sigma) * image + sigma * e with Gaussian e, and v estimates e - image. So x plus
+    (1 - sigma) * v estimates e, and the score is -e / sigma.) For small steps images are then
     distributed as before; not exactly with guidance, whose v is no flow's velocity.
 
     latents, velocity [B, C, H, W]; noise_level is a. sigma_max, the schedule's second sigma, keeps
@@ -87,9 +87,8 @@ def position_log_prob(sample, mean, std):
     So the density of a step factorizes over positions, exactly: each is an action of its own.
 
     We average log-densities over channels, as Flow-GRPO does. So our ratio is the true one to the
-    power 1/C: a clip range of eps allows a true ratio of about 1 +- C * eps, and the gradient at
-    ratio 1 is 1/C of the true one. The KL has the same 1/C, so the KL weight keeps its meaning.
-    The mean over positions is Flow-GRPO's log-probability. std is a float > 0 or [B, 1, 1, 1].
+    power 1/C: a clip range of eps allows a true ratio of about 1 +- C * eps. The KL has the same
+    1/C. The mean over positions is Flow-GRPO's log-probability. std: float > 0 or [B, 1, 1, 1].
     """
     log_std = torch.as_tensor(std).log()
     squared = (sample.float() - mean.float()) ** 2
@@ -136,8 +135,8 @@ class Policy:
     def distribution(self, latents, k, prompt, recorder=None):
         """The Gaussian over x at step k + 1: (mean, std)."""
         velocity = self.velocity(latents, k, prompt, recorder)
-        sigma, sigma_next, sigma_max = self.sigmas[k], self.sigmas[k + 1], self.sigmas[1]
-        return sde_step(latents, velocity, sigma, sigma_next, sigma_max, self.noise_level)
+        sigma, sigma_next = self.sigmas[k : k + 2]
+        return sde_step(latents, velocity, sigma, sigma_next, self.sigmas[1], self.noise_level)
 
 
 @dataclass
@@ -155,15 +154,11 @@ class Rollout:
 @torch.no_grad()
 def rollout(policy, latents, prompt, steps, generator, recorded_steps, core_tokens):
     """Sample images from noise [B, C, H, W]. Only `steps` are stochastic, the others are Euler's.
-
-    At recorded_steps the attention to core_tokens [B, L] is recorded (part 2).
-    """
-    states, log_probs, maps = [latents], [], []
-    h, w = (side // policy.transformer.config.patch_size for side in latents.shape[-2:])
+    At recorded_steps the attention to core_tokens [B, L] is recorded (part 2)."""
+    states, log_probs, maps, transformer = [latents], [], [], policy.transformer
+    h, w = (side // transformer.config.patch_size for side in latents.shape[-2:])
     for k in range(len(policy.sigmas) - 1):
-        recorder = None
-        if k in recorded_steps:
-            recorder = AttentionAllocator(policy.transformer, core_tokens)
+        recorder = AttentionAllocator(transformer, core_tokens) if k in recorded_steps else None
         if k in steps:
             mean, std = policy.distribution(latents, k, prompt, recorder)
             noise = torch.randn(latents.shape, generator=generator)  # the same on every device
@@ -172,11 +167,11 @@ def rollout(policy, latents, prompt, steps, generator, recorded_steps, core_toke
         else:
             dt = policy.sigmas[k + 1] - policy.sigmas[k]
             latents = latents + policy.velocity(latents, k, prompt, recorder) * dt
-        if k in recorded_steps:
+        if recorder:
             maps.append(recorder.map().unflatten(-1, (h, w)))
         states.append(latents)
-    stacked = [torch.stack(each, dim=1) if each else None for each in (states, log_probs, maps)]
-    return Rollout(prompt, steps, latents=stacked[0], log_prob=stacked[1], maps=stacked[2])
+    stacked = (torch.stack(each, dim=1) if each else None for each in (states, log_probs, maps))
+    return Rollout(prompt, steps, *stacked)
 
 
 def group_advantages(rewards, global_std=False, limit=None):
@@ -208,13 +203,13 @@ def star_loss(log_prob, old_log_prob, advantages, weights, clip_range):
     default a rollout serves one update. Then every ratio is 1, clipping never acts, and this is
     REINFORCE, the plain policy gradient, with a group baseline. With w = 1 it is Flow-GRPO's.
 
-    Flow-GRPO has one ratio per image and step. With weights (part 2) some positions move further
-    than others, so each has its own ratio, which stops it when it has moved enough. Flow-GRPO's
-    log-ratio, the mean of ours over H * W positions, spreads about sqrt(H * W) times less. So our
-    clip range is wider by that: 1e-4 * sqrt(64 * 64) is about 6e-3.
+    Flow-GRPO has one ratio per image and step. With weights some positions move further than
+    others, so each has its own ratio, which stops it when it has moved enough. Flow-GRPO's is a
+    mean over H * W positions, so its log spreads sqrt(H * W) times less than ours. So our clip
+    range is wider by that: 1e-4 * sqrt(64 * 64) is about 6e-3.
 
     log_prob, old_log_prob, weights [B, S, H, W] or any [B, ...]; advantages [B]; else ValueError.
-    Returns the loss, the ratios, and where the minimum is the clipped term.
+    Returns the loss, the ratios, and where the clipped term is the smaller one.
     """
     if not log_prob.shape == old_log_prob.shape == weights.shape:
         raise ValueError("log_prob, old_log_prob and weights must have equal shapes")
@@ -235,17 +230,14 @@ def core_tokens_of(pipeline, prompts, spans, max_sequence_length):
     spans: per prompt, a list of (start, end) characters, which a core token's characters overlap.
     SD3's context is the CLIP tokens, then max_sequence_length T5 tokens, or zeros without T5.
     """
-
-    def offsets(tokenizer, length):
-        if tokenizer is None:
-            return torch.zeros(len(prompts), length, 2)
-        options = dict(padding="max_length", truncation=True, return_offsets_mapping=True)
-        encoded = tokenizer(prompts, max_length=length, **options)
-        return torch.tensor(encoded["offset_mapping"])
-
-    first = offsets(pipeline.tokenizer, pipeline.tokenizer.model_max_length)  # CLIP
-    second = offsets(pipeline.tokenizer_3, max_sequence_length)  # T5
-    starts, ends = torch.cat([first, second], dim=1).unbind(-1)  # [B, L]
+    offsets, options = [], dict(padding="max_length", truncation=True, return_offsets_mapping=True)
+    lengths = pipeline.tokenizer.model_max_length, max_sequence_length
+    for tokenizer, length in zip((pipeline.tokenizer, pipeline.tokenizer_3), lengths):  # CLIP, T5
+        offsets.append(torch.zeros(len(prompts), length, 2))
+        if tokenizer is not None:
+            encoded = tokenizer(prompts, max_length=length, **options)
+            offsets[-1] = torch.tensor(encoded["offset_mapping"])
+    starts, ends = torch.cat(offsets, dim=1).unbind(-1)  # [B, L]
     core = torch.zeros_like(starts, dtype=torch.bool)
     for row, prompt_spans in enumerate(spans):
         for start, end in prompt_spans:
@@ -271,11 +263,10 @@ class AttentionAllocator:
             transformer(...)
         allocator.map().unflatten(-1, (h, w))  # [B, h, w]
 
-    core_tokens is bool [B, L], a row per image; other numbers of images or text tokens raise a
-    ValueError. Of a batch [unconditional; conditional], which pipelines make for guidance, the
-    second half is recorded. `blocks` defaults to the last quarter, which finds words well in the
-    miniature. `map` averages all that was recorded: use one allocator per step. Compiled blocks
-    ignore later hooks unless torch._dynamo.config.skip_nnmodule_hook_guards is False.
+    core_tokens is bool [B, L], a row per image, else ValueError. Of a batch [unconditional;
+    conditional], as pipelines make for guidance, the second half is recorded. `blocks` defaults to
+    the last quarter. `map` averages all that was recorded: use one allocator per step. Compiled
+    blocks ignore later hooks unless torch._dynamo.config.skip_nnmodule_hook_guards is False.
     """
 
     def __init__(self, transformer, core_tokens, blocks=None):
@@ -332,33 +323,41 @@ def allocation_weights(maps, size, allocation="spatial", lam=1.0):
 
     Unequal weights bias the gradient: the unbiased one uses the same A everywhere. The bet is that
     positions which barely affect the reward add more noise than signal. Which lam? 0.5 or 1 where
-    the core words alone decide the reward, such as written text. Less where the rest of the image
-    counts, too. 0, Flow-GRPO, for a reward about the whole image. Does allocation fit your reward?
-    `weight_peak` in the metrics, the mean of each map's largest weight, shows how uneven maps are:
-    near 1 they change nothing. `python study/allocations.py maps` shows whether they look right.
+    the core words alone decide the reward, such as written text; less where the rest of the image
+    counts, too; 0, Flow-GRPO, for a reward about all of it. `weight_peak` in the metrics, the mean
+    of each map's largest weight, says how uneven maps are: near 1 they change nothing.
     """
-    # all latents of a 2 x 2 patch get their token's value
-    maps = F.interpolate(maps.float(), size=size, mode="nearest")
+    maps = F.interpolate(maps.float(), size=size, mode="nearest")  # to each token's 2 x 2 latents
     first = {"spatial": 2, "spatiotemporal": 1}[allocation]
     mean = maps.mean(dim=tuple(range(first, maps.dim())), keepdim=True)
     return (1 - lam) + lam * torch.where(mean == 0, 1.0, maps / mean)
 
 
 # ------------------------------------------------------------------------------- Part 3: training
-def load_pipeline(name, **parts):
-    return diffusers.StableDiffusion3Pipeline.from_pretrained(name, use_safetensors=True, **parts)
+Pipeline = diffusers.StableDiffusion3Pipeline
+KINDS = Pipeline.__init__.__annotations__  # the class of each part
+WEIGHTS = "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"
+WITHOUT_T5, GPU = dict(text_encoder_3=None, tokenizer_3=None), torch.cuda.is_available()
 
 
-def text_encoders(pipe):
-    return list(filter(None, [pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3]))
+def load_part(name, part, device, dtype):
+    # .to, for without the package accelerate the loader may keep the file's dtype
+    return tasks.load_model(KINDS[part], name, part, dtype=dtype).to(device, dtype)
+
+
+def load_pipeline(name, t5=True, device="cpu", frozen=torch.float32):
+    """The pipeline, with or without T5. Its text encoders have the dtype `frozen`."""
+    dtypes = dict.fromkeys(WEIGHTS, frozen) | dict.fromkeys(WEIGHTS[:2], torch.float32)
+    parts = {part: load_part(name, part, device, dtypes[part]) for part in WEIGHTS[: 4 + t5]}
+    return Pipeline.from_pretrained(name, **({} if t5 else WITHOUT_T5) | parts)
 
 
 @torch.no_grad()
 def encode(pipe, prompts, length):
     """Prompts -> (context [B, L, features], pooled [B, features])."""
-    device, options = pipe.transformer.device, dict(do_classifier_free_guidance=False)
-    options["max_sequence_length"] = length
-    with on_device(device, *text_encoders(pipe)):
+    device, encoders = pipe.transformer.device, (getattr(pipe, part) for part in WEIGHTS[2:])
+    options = dict(do_classifier_free_guidance=False, max_sequence_length=length)
+    with on_device(device, *filter(None, encoders)):
         context, _, pooled, _ = pipe.encode_prompt(prompts, None, None, device, **options)
     return context, pooled
 
@@ -388,10 +387,10 @@ class Trainer:
         rewards = self.score(prompts, batches)  # [N, G]
         advantages = group_advantages(rewards, args.global_std, args.advantage_clip)
         metrics = self.update(iteration, batches, advantages.flatten().to(args.device))
-        equal = (rewards.amax(1) == rewards.amin(1)).float()
-        line = {"iteration": iteration, "images": iteration * rewards.numel()}
-        line |= {"reward_mean": rewards.mean().item(), "reward_std": rewards.std().item()}
-        return line | {"groups_without_spread": equal.mean().item()} | metrics
+        equal = (rewards.amax(1) == rewards.amin(1)).float().mean().item()
+        line = dict(iteration=iteration, images=iteration * rewards.numel())
+        line |= dict(reward_mean=rewards.mean().item(), reward_std=rewards.std().item())
+        return line | dict(groups_without_spread=equal) | metrics
 
     def sample(self, iteration):
         """Sample G images for each of N prompts: (prompts, Rollouts). Prompts vary the slowest."""
@@ -401,19 +400,14 @@ class Trainer:
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + iteration)
         chosen = torch.randperm(len(self.task.prompts), generator=generator)[:N]
         prompts = [self.task.prompts[i] for i in chosen]
-        # S consecutive steps are stochastic and trained. Each costs a forward and a backward pass
-        # in the update, so S is small. Other iterations choose other steps.
+        # S is small, since each trained step costs a forward and a backward pass in the update
         low, high = map(int, args.stochastic_range.split("-"))
         first = torch.randint(low, high - S + 2, (1,), generator=generator).item()
         steps = range(first, first + S)
         recorded_steps = () if args.allocation == "uniform" else steps
         noise = torch.randn(N if args.same_noise else N * G, *self.shape, generator=generator)
         noise = noise.repeat_interleave(N * G // len(noise), 0).to(args.device)
-        inputs = [each.repeat_interleave(G, 0) for each in self.encode_prompts(prompts)]
-        batches = []
-        for x, *prompt, core in zip(*(each.split(args.batch_size) for each in (noise, *inputs))):
-            with self.autocast:
-                batches.append(rollout(policy, x, prompt, steps, generator, recorded_steps, core))
+        batches = [*self.rollouts(policy, noise, prompts, steps, generator, recorded_steps)]
         if self.reference:  # after the rollouts, so that its weights move to the device once
             with self.with_weights(self.reference), torch.no_grad(), self.autocast:
                 for batch in batches:
@@ -422,12 +416,21 @@ class Trainer:
                     ]
         return prompts, batches
 
+    def rollouts(self, policy, noise, prompts, steps=(), generator=None, recorded_steps=()):
+        """Rollouts in batches; each prompt has as many images as there is noise for."""
+        each_has, inputs = len(noise) // len(prompts), self.encode_prompts(prompts)
+        inputs = (noise, *(each.repeat_interleave(each_has, 0) for each in inputs))
+        for x, *prompt, core in zip(*(each.split(self.args.batch_size) for each in inputs)):
+            with self.autocast:
+                batch = rollout(policy, x, prompt, steps, generator, recorded_steps, core)
+            yield batch
+
     def score(self, prompts, batches):
         """The reward of each image: [N, G]."""
         images = [image for batch in batches for image in decode(self.pipe, batch.latents[:, -1])]
         prompts = [prompt for prompt in prompts for _ in range(self.args.group_size)]
-        with on_device(self.args.device, *tasks.networks(self.task)):
-            return scores(self.task, images, prompts).view(-1, self.args.group_size)
+        rewards = tasks.scores(self.task, images, prompts, self.args.device)
+        return rewards.view(-1, self.args.group_size)
 
     def allocation(self, batch):
         """How the advantage of each image is allocated: weights [B, S, H, W]."""
@@ -461,7 +464,7 @@ class Trainer:
                         loss = loss + args.kl_weight * (kl * (A != 0)).mean()  # no KL if A is 0
                     (loss / (size * len(batch.steps))).backward()  # per step: needs less memory
             norm = torch.nn.utils.clip_grad_norm_(self.weights, args.max_gradient_norm)
-            require(norm.isfinite(), "the gradient is not finite; lower --learning-rate")
+            require(norm.isfinite(), "the gradient is not finite; use a lower --learning-rate")
             metrics["gradient_norm"].append(norm)
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -474,34 +477,28 @@ class Trainer:
         self.args, self.task = args, task
         home = "cpu" if args.offload else args.device  # of what is not trained
         for each in (task, *task.monitors):
-            each.load(args.device)
-        for network in tasks.networks(task, *task.monitors):
-            network.to(home)
-        frozen = torch.bfloat16 if args.bfloat16 else torch.float32
-        parts = dict(dtype={"transformer": torch.float32, "vae": torch.float32, "default": frozen})
-        parts |= {} if args.t5 else dict(text_encoder_3=None, tokenizer_3=None)
-        with naming(f"--model {args.model}", weights=True):
-            self.pipe = pipe = load_pipeline(args.model, **parts)
-            for each in [pipe.tokenizer, pipe.tokenizer_2, pipe.tokenizer_3][: 2 + args.t5]:
-                whole = each is not None and len(each) > 2 and each.model_max_length < 10**6
-                require(whole, f"--model {args.model} has no tokenizer, or files of it are missing")
-        # explicit dtypes, for without the package accelerate the loader may keep those of the file
-        pipe.vae.to(args.device, torch.float32).requires_grad_(False)
+            tasks.load(each, args.device, home)
+        half, frozen = torch.bfloat16, torch.bfloat16 if args.bfloat16 else torch.float32
+        self.pipe = pipe = load_pipeline(args.model, args.t5, home, frozen)
+        pipe.vae.to(args.device).requires_grad_(False)
         pipe.vae.enable_slicing()  # decode one image at a time
-        for encoder in text_encoders(pipe):
-            encoder.to(home, frozen)
-        self.transformer = pipe.transformer.to(args.device, torch.float32)
+        self.transformer = pipe.transformer.to(args.device)
         self.weights = list(self.transformer.parameters())
-        # the starting weights, and the EMA: lists of tensors like `weights`
-        self.reference = self.ema = None
+        self.reference = self.ema = None  # the starting weights, and the EMA: lists like `weights`
         if args.kl_weight > 0:  # a file of this dtype is mapped: it takes no main memory
-            options = dict(subfolder="transformer", use_safetensors=True, dtype=frozen)
-            start = type(self.transformer).from_pretrained(args.model, **options).to(home, frozen)
+            start = load_part(args.model, "transformer", home, frozen)
             self.reference = [weight.data for weight in start.parameters()]
         if args.ema_decay > 0:
             self.ema = [weight.data.to(home, copy=True) for weight in self.weights]
         if args.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
+        side = (args.height or 0) // pipe.vae_scale_factor or pipe.default_sample_size
+        self.shape = (self.transformer.config.in_channels, side, side)
+        # without the cache, which would keep bfloat16 copies of the weights
+        self.autocast = torch.autocast(args.device, half, args.bfloat16, cache_enabled=False)
+        with naming(f"--model {args.model}: its parts do not fit together"):
+            self.empty_prompt = encode(pipe, [""], args.max_sequence_length)
+            self.generate(task.prompts[:1])
         if args.compile and any(map(shutil.which, ("gcc", "clang", "cl"))):
             torch._dynamo.config.skip_nnmodule_hook_guards = False  # see AttentionAllocator
             torch._dynamo.config.cache_size_limit = 64  # with and without hooks, gradients, ...
@@ -512,13 +509,8 @@ class Trainer:
         kind, options = torch.optim.AdamW, dict(fused=args.device == "cuda")
         if args.optimizer == "adafactor":  # 1e-18: small gradients count; 1: steps like AdamW's
             kind, options = torch.optim.Adafactor, dict(eps=(1e-18, 1.0))
-        options["weight_decay"] = args.weight_decay
-        self.optimizer = kind(self.weights, args.learning_rate, **options)
-        side = (args.height or 0) // pipe.vae_scale_factor or pipe.default_sample_size
-        self.shape = (self.transformer.config.in_channels, side, side)
-        options = dict(enabled=args.bfloat16, cache_enabled=False)  # no bfloat16 copies
-        self.autocast = torch.autocast(args.device, torch.bfloat16, **options)
-        self.empty_prompt = encode(pipe, [""], args.max_sequence_length)
+        options |= dict(lr=args.learning_rate, weight_decay=args.weight_decay)
+        self.optimizer = kind(self.weights, **options)
 
     def policy(self, steps):
         self.pipe.scheduler.set_timesteps(steps)
@@ -531,7 +523,7 @@ class Trainer:
 
     def encode_prompts(self, prompts):
         """Prompts -> (context [B, L, features], pooled [B, features], core tokens [B, L])."""
-        spans, length = map(self.task.core_spans, prompts), self.args.max_sequence_length
+        spans, length = tasks.core_spans(self.task, prompts), self.args.max_sequence_length
         core = core_tokens_of(self.pipe, prompts, spans, length).to(self.args.device)
         return *encode(self.pipe, prompts, length), core
 
@@ -540,23 +532,15 @@ class Trainer:
         policy, device = self.policy(self.args.evaluation_steps), self.args.device
         generator, images = torch.Generator().manual_seed(self.args.seed), []
         noise = torch.randn(len(prompts), *self.shape, generator=generator).to(device)
-        inputs = (noise, *self.encode_prompts(prompts))
         with self.with_weights(self.ema) if self.ema else nullcontext():
-            for x, *prompt, _ in zip(*(each.split(self.args.batch_size) for each in inputs)):
-                with self.autocast:
-                    batch = rollout(policy, x, prompt, (), None, (), None)
+            for batch in self.rollouts(policy, noise, prompts):
                 images += decode(self.pipe, batch.latents[:, -1])
         return images
 
     def evaluate(self, prompts):
         """One image per prompt: (metrics, images, rewards)."""
-        images, task = self.generate(prompts), self.task
-        with on_device(self.args.device, *tasks.networks(task, *task.monitors)), torch.no_grad():
-            rewards = scores(task, images, prompts)
-            report = task.report(images, prompts)
-            for monitor in task.monitors:
-                report |= {type(monitor).__name__: scores(monitor, images, prompts).mean()}
-        report = {name: float(value) for name, value in report.items()}
+        images = self.generate(prompts)
+        rewards, report = tasks.evaluate(self.task, images, prompts, self.args.device)
         return {"heldout_reward": rewards.mean().item(), "report": report}, images, rewards
 
     def tensors(self):
@@ -567,23 +551,26 @@ class Trainer:
             tensors |= {f"optimizer.{i}.{key}": value for key, value in state.items()}
         return tensors
 
-    def save(self, folder, history, size=100):
+    def save(self, folder, settings, history, size=100):
         """Write a checkpoint, `size` tensors per file, which are copied to main memory first."""
         tensors = list(self.tensors().items())
         folder.mkdir()
-        (folder / "history.json").write_text(json.dumps([len(tensors), history]))
+        (folder / "run.json").write_text(json.dumps(dict(settings=settings, history=history)))
         for i in range(0, len(tensors), size):
             save_file(dict(tensors[i : i + size]), folder / f"{i}.safetensors")
+        checksums = {file.name: zlib.crc32(file.read_bytes()) for file in folder.iterdir()}
+        (folder / "checksums.json").write_text(json.dumps(checksums))
 
     @torch.no_grad()
     def load(self, folder):
         """Continue from a checkpoint; returns the metrics so far."""
+        stored, state = {}, defaultdict(dict)
         with naming(f"checkpoint {folder}"):
-            count, history = json.loads((folder / "history.json").read_text())
-            stored, state = {}, defaultdict(dict)
+            for name, crc in json.loads((folder / "checksums.json").read_text()).items():
+                same = zlib.crc32((folder / name).read_bytes()) == crc
+                require(same, f"{folder}/{name} is damaged: its checksum is another")
             for file in folder.glob("*.safetensors"):
                 stored |= load_file(file)
-            require(len(stored) == count, f"checkpoint {folder}: a part of it is missing")
             for name, tensor in self.tensors().items():
                 tensor.copy_(stored.pop(name))
             for name, tensor in stored.items():
@@ -591,22 +578,19 @@ class Trainer:
                 state[int(i)][key] = tensor
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict(dict(state=state, param_groups=groups))
-            return history
+            return json.loads((folder / "run.json").read_text())["history"]
 
     def save_pipeline(self, path):
-        """Write a complete pipeline; what was not loaded (T5 with --no-t5) comes from --model."""
-        has, parts = self.pipe.load_config(self.args.model), self.pipe.components.items()
-        parts = {name: part for name, part in parts if part or not has.get(name, [None])[0]}
-        pipe = load_pipeline(self.args.model, dtype=self.pipe.text_encoder.dtype, **parts)
+        """Write the pipeline that training used: without T5 if it did without."""
         with replaced(self.weights, self.ema) if self.ema else nullcontext():
-            pipe.save_pretrained(path, max_shard_size="2GB")  # each is copied to main memory
+            self.pipe.save_pretrained(path, max_shard_size="2GB")  # each is copied to main memory
 
 
 # ----------------------------------------------------------- Part 4: the program (skim this one)
 @dataclass
 class Arguments:  # comments are the text of --help; (LOW to HIGH) in them is checked
     task: str = "ocr"  # ocr, geneval, pickscore, FILE.py:CLASS or a mix: ocr:0.7,pickscore:0.3
-    model: str = "tiny/sd3"  # folder or hub name of a Stable Diffusion 3 pipeline
+    model: str = "tiny/sd3"  # folder or hub name of an SD3; MINIATURE and FULL_SIZE change defaults
     reward_model: str = None  # models for the reward: commas within a task, semicolons between
     prompts: str = None  # file with one training prompt per line; each task has its own
     heldout_prompts: str = None  # the same for evaluation
@@ -643,8 +627,8 @@ class Arguments:  # comments are the text of --help; (LOW to HIGH) in them is ch
     global_std: bool = False  # divide advantages by the std of all rewards, not of the group
     kl_weight: float = 0.0  # beta, KL penalty towards the starting weights; 0 is none
     ema_decay: float = 0.8  # decay of the weights' moving average; 0 is none (0 to 0.999999)
-    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # device
-    bfloat16: bool = torch.cuda.is_available()  # bfloat16; the trained weights stay float32
+    device: Literal["cpu", "cuda"] = "cuda" if GPU else "cpu"  # device
+    bfloat16: bool = GPU  # bfloat16; the trained weights stay float32
     gradient_checkpointing: bool = False  # recompute activations: less memory, more time
     compile: bool = False  # compile the transformer's blocks: faster, but slow to start
     offload: bool = False  # move frozen models and the EMA to the GPU only for their use
@@ -656,15 +640,13 @@ HELP = dict(re.findall(r"    (\w+): .* = .*  # (.*)", inspect.getsource(Argument
 # For the miniature; study/RESULTS.md has the runs behind them.
 OTHER = dict(monitor="", learning_rate=2e-4, ema_decay=0.0)  # also for a task of your own
 MINIATURE = dict(
-    ocr={}, geneval=OTHER | dict(
-        prompts_per_iteration=6, batch_size=48, iterations=30, evaluate_every=15,
-        evaluation_prompts=120, monitor="pickscore", learning_rate=3e-4, same_noise=False,
-    ),
+    ocr={},
+    geneval=OTHER | dict(prompts_per_iteration=6, batch_size=48, iterations=30, evaluate_every=15,
+        evaluation_prompts=120, monitor="pickscore", learning_rate=3e-4, same_noise=False),
     pickscore=OTHER | dict(prompts_per_iteration=6, batch_size=48, iterations=16, evaluate_every=8,
         learning_rate=4e-4),
 )
-# For SD3 Medium, SD3.5 Medium and SD3.5 Large on one GPU. [F] follows Flow-GRPO's settings, the
-# others are ours and untuned. rewards.py names the models that score real images.
+# For SD3 and SD3.5, Medium and Large, on one GPU. [F]: as in Flow-GRPO. The others are untuned.
 FULL_SIZE = OTHER | dict(
     height=512, evaluation_steps=40, guidance_scale=4.5, max_sequence_length=128,     # [F]
     group_size=24, same_noise=False, global_std=True,                                 # [F]
@@ -673,8 +655,8 @@ FULL_SIZE = OTHER | dict(
     learning_rate=1e-5,         # [F] 3e-4 for LoRA; training all parameters needs far less
     ema_decay=0.99,             # [F] 0.9 after every eighth update, about the same
     kl_weight=0.04 * 0.058,     # [F] divides by s^2, we by std^2 = s^2 * -dt: mean -dt is 0.058
-    prompts_per_iteration=8, batch_size=8, iterations=500, evaluate_every=20, save_every=20,
-    gradient_checkpointing=True,
+    gradient_checkpointing=True, prompts_per_iteration=8, batch_size=8,
+    iterations=500, evaluate_every=20, save_every=20,
 )
 FULL_SIZE_PICKSCORE = FULL_SIZE | dict(kl_weight=0.01 * 0.058)                        # [F]
 LOW_MEMORY = dict(batch_size=1, gradient_checkpointing=True, optimizer="adafactor", offload=True)
@@ -685,31 +667,26 @@ def parse_arguments(argv=None):
     """The arguments and the task, checked before anything heavy is loaded."""
     parser = argparse.ArgumentParser(
         usage="python star.py --task ocr [--option ...]",
-        epilog="MINIATURE and FULL_SIZE in star.py change some defaults for a task or a model.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     for each in fields(Arguments):
         options = dict(type=each.type)
         if each.type is bool:
             options = dict(action=argparse.BooleanOptionalAction)
-        elif get_origin(each.type) is Literal:
-            options = dict(choices=get_args(each.type))
-        name = "--" + each.name.replace("_", "-")
-        parser.add_argument(name, default=each.default, help=HELP[each.name], **options)
-    args, gpu = parser.parse_args(argv), torch.cuda.is_available()
-    with naming(f"--model {args.model} (a gated model needs `hf auth login`)"):
-        config = diffusers.SD3Transformer2DModel.load_config(args.model, subfolder="transformer")
-        kind, wanted = config.get("_class_name"), "SD3Transformer2DModel"
-        require(kind == wanted, f"--model {args.model} is a {kind}; only {wanted} can be trained")
-        vae = diffusers.AutoencoderKL.load_config(args.model, subfolder="vae")
-        unit = config["patch_size"] * 2 ** (len(vae["block_out_channels"]) - 1)  # pixels per token
-        heights = range(unit, config["pos_embed_max_size"] * unit + 1, unit)
-        full_size = config["sample_size"] >= 64
+        elif hasattr(each.type, "__args__"):  # a Literal
+            options = dict(choices=each.type.__args__)
+        options |= dict(default=each.default, help=HELP[each.name])
+        parser.add_argument(f"--{each.name.replace('_', '-')}", **options)
+    args = parser.parse_args(argv)
+    pipe, config, vae = open_pipeline(args.model)
+    unit = config["patch_size"] * 2 ** (len(vae["block_out_channels"]) - 1)  # pixels per token
+    heights = range(unit, config["pos_embed_max_size"] * unit + 1, unit)
+    full_size = config["sample_size"] >= 64
     name = re.split("[:,]", args.task)[0]
     defaults = MINIATURE.get(name, OTHER)
     if full_size:
         defaults = FULL_SIZE_PICKSCORE if name == "pickscore" else FULL_SIZE
-    if full_size and args.device == "cuda" and gpu:
+    if full_size and args.device == "cuda" and GPU:
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30  # for SD3.5 Medium:
         fast = dict(compile=True, offload=memory < 70, gradient_checkpointing=memory < 110)
         defaults = defaults | fast
@@ -717,11 +694,11 @@ def parse_arguments(argv=None):
     args = Arguments(**vars(parser.parse_args(argv)))
     for name, value in asdict(args).items():
         if type(value) in (int, float):  # a bool is neither
-            least = 1 if type(value) is int else 0
+            least = int(type(value) is int)
             low, high = re.findall(r"\((\S+) to (\S+)\)", HELP[name] + f"({least} to 1000000)")[0]
             wanted = f"--{name.replace('_', '-')} is {value}; use a number from {low} to {high}"
             require(float(low) <= value <= float(high), wanted)
-    require(gpu or args.device == "cpu", "--device is cuda, but there is no GPU; use cpu")
+    require(GPU or args.device == "cpu", "--device is cuda, but there is no GPU; use cpu")
     images = args.prompts_per_iteration * args.group_size
     update = args.batch_size * args.updates_per_iteration
     bad = f"{images} images (--prompts-per-iteration x --group-size), not a multiple of {update}"
@@ -735,44 +712,64 @@ def parse_arguments(argv=None):
     require(args.height in (None, *heights), f"--height is {args.height}; {sizes}")
     files = (args.prompts, args.heldout_prompts)
     task = tasks.make_task(args.task, *files, args.reward_model, full_size, args.monitor)
-    enough = len(task.prompts) >= args.prompts_per_iteration
-    require(enough, f"{len(task.prompts)} training prompts: fewer than --prompts-per-iteration")
+    few = f"{len(task.prompts)} training and {len(task.heldout_prompts)} held-out prompts: too few"
+    enough = len(task.prompts) >= args.prompts_per_iteration and task.heldout_prompts
+    require(enough, f"{few} for --prompts-per-iteration {args.prompts_per_iteration}")
+    require(pipe.tokenizer_3 or not args.t5, f"--model {args.model} has no T5; use --no-t5")
+    if args.allocation != "uniform":
+        spans = tasks.core_spans(task, task.prompts)
+        core = core_tokens_of(pipe, task.prompts, spans, args.max_sequence_length).any(1).tolist()
+        lost = f"{core.count(0)} of {len(core)} prompts have no core words within the token limit"
+        require(2 * sum(core) >= len(core), f"{lost}; change them or use --allocation uniform")
+        if not all(core):
+            print(f"{lost}: these train as with --allocation uniform")
+    contents = json.dumps([task.prompts, task.heldout_prompts, config, vae])
+    task.checksum = zlib.crc32(contents.encode())
     return args, task
 
 
-def check_core_words(trainer):
-    """Count the prompts without core words, or with core words that the model never sees."""
-    prompts, length = trainer.task.prompts, trainer.args.max_sequence_length
-    core = core_tokens_of(trainer.pipe, prompts, map(trainer.task.core_spans, prompts), length)
-    lost = int((~core.any(1)).sum())
-    sentence = f"{lost} of {len(prompts)} prompts have no core words within the token limit"
-    require(lost <= len(prompts) / 2, f"{sentence}; change them or use --allocation uniform")
-    if lost:
-        print(f"{sentence}: these train as with --allocation uniform")
+def open_pipeline(name):
+    """(pipeline without weights, transformer's and VAE's configuration), if it can be trained."""
+    model = f"--model {name}"
+    with naming(f"{model} (a gated model needs `hf auth login`)"):
+        index, absent = Pipeline.load_config(name), []
+        for part in (*WEIGHTS, "scheduler", "tokenizer", "tokenizer_2", "tokenizer_3"):
+            found, wanted = (index.get(part) or [None])[-1], KINDS[part].__name__
+            absent += [part] * (part in WITHOUT_T5 and not found)
+            same = f"{found}".removesuffix("Fast") == wanted.removesuffix("Fast") or part in absent
+            require(same, f"{model}: its {part} is a {found}, but must be a {wanted}")
+        pipe = Pipeline.from_pretrained(name, **dict.fromkeys([*WEIGHTS, *absent]))
+        tasks.check_tokenizers(model, 10**6, pipe.tokenizer, pipe.tokenizer_2, pipe.tokenizer_3)
+        pipe.scheduler.set_timesteps(10)
+        sigmas, wrong = pipe.scheduler.sigmas, f"{model}: its scheduler's sigmas do not fall from 1"
+        require(sigmas[0] == 1 and (sigmas.diff() < 0).all(), f"{wrong}: {sigmas.tolist()}")
+        return pipe, *(KINDS[part].load_config(name, subfolder=part) for part in WEIGHTS[:2])
 
 
-def open_folder(args):
-    """The output folder, and the settings that all parts of a run share."""
+MAY_CHANGE = """resume out iterations device compile offload gradient_checkpointing
+    model prompts heldout_prompts""".split()  # a checksum stands for the last three
+
+
+def open_folder(args, settings):
+    """The output folder of a new run or one with the same settings; [its newest checkpoint]."""
     name = re.sub(r"[^\w.]+", "-", f"{args.task}-{args.allocation}-{args.seed}")
     folder = Path(args.out or f"runs/{name}")
-    settings = asdict(args)
-    for name in "resume out iterations device compile offload gradient_checkpointing".split():
-        del settings[name]  # may change
-    config = folder / "config.json"
-    held = config.exists() or checkpoints(folder)
-    require(args.resume or not held, f"{folder} holds a run; --resume continues it, or use --out")
-    require(held or not args.resume, f"{folder} holds no run that --resume could continue")
-    if held:
-        with naming(config):
-            before = json.loads(config.read_text())
-            changed = {name: before[name] for name in settings if before[name] != settings[name]}
-        require(not changed, f"{folder} was run with other settings: {changed}")
     with naming(f"--out {folder}"):  # fails now rather than after minutes of loading
+        newest = checkpoints(folder)[-1:]
+        held = newest or (folder / "metrics.jsonl").exists()
+        require(args.resume or not held, f"{folder} holds a run: use --resume or another --out")
+        require(newest or not args.resume, f"{folder} holds no checkpoint to --resume from")
+        for path in newest:
+            with naming(path):
+                old = json.loads((path / "run.json").read_text())["settings"]
+            kept = settings.keys() - MAY_CHANGE
+            changed = {name: old.get(name) for name in kept if old.get(name) != settings[name]}
+            require(not changed, f"{folder} was run with other settings: {changed}")
         folder.mkdir(parents=True, exist_ok=True)
-        for partial in folder.rglob(tasks.PARTIAL + "*"):  # of a run that was killed while writing
+        for partial in [*folder.glob(tasks.PARTIALS), *folder.glob(f"checkpoint/{tasks.PARTIALS}")]:
             shutil.rmtree(partial)
         tempfile.TemporaryFile(dir=folder).close()
-    return folder, settings
+        return folder, newest
 
 
 def checkpoints(folder):
@@ -784,67 +781,68 @@ def checkpoints(folder):
 def draw_samples(images, rewards, prompts, side=144):
     """The first eight images with their rewards and prompts."""
     tiles, font = [], ImageFont.load_default(12)
-    for image, reward, prompt in list(zip(images, rewards, prompts))[:8]:
-        tiles.append(Image.new("RGB", (side + 12, side + 84), "white"))
-        tiles[-1].paste(image.resize((side, side), Image.BOX), (6, 6))
+    for image, reward, prompt in zip(images[:8], rewards, prompts):
+        tiles.append(ImageOps.expand(image.resize((side, side), Image.BOX), (6, 6, 6, 78), "white"))
         caption = textwrap.fill(f"{reward:.2f}: {prompt}", side // 6)
         ImageDraw.Draw(tiles[-1]).multiline_text((6, side + 8), caption, "black", font)
-    return make_image_grid(tiles, rows=1, cols=len(tiles))
+    return make_image_grid(tiles, 1, len(tiles))
 
 
-def train(trainer, history, folder):
+def train(trainer, settings, history, folder):
     """Iterate, evaluate and save until the last iteration."""
     args = trainer.args
     heldout = tasks.evenly_spaced(trainer.task.heldout_prompts, args.evaluation_prompts)
-    first = history[-1]["iteration"] + 1 if history else 0
-    bar = tqdm(range(first, args.iterations + 1), args.task, args.iterations + 1, initial=first)
-    for iteration in bar:
+    if not args.resume:  # also claims the folder, if another process has just begun there
+        write(folder / "checkpoint/0", trainer.save, settings, history, new=True)
+    for iteration in tqdm(range(len(history), args.iterations + 1), args.task):
         last = iteration == args.iterations
         history.append(trainer.iterate(iteration) if iteration else {"iteration": 0, "images": 0})
         if iteration % args.evaluate_every == 0 or last:
             metrics, images, rewards = trainer.evaluate(heldout)
             history[-1] |= metrics
             write(folder / f"samples-{iteration}.png", draw_samples(images, rewards, heldout).save)
+            best = max(history[::-1], key=lambda line: line.get("heldout_reward", -math.inf))
+            if best is history[-1]:
+                write(folder / "pipeline", trainer.save_pipeline)
             report = {"held-out reward": metrics["heldout_reward"]} | metrics["report"]
             numbers = ", ".join(f"{name} {value:.3f}" for name, value in report.items())
-            bar.write(f"{history[-1]['images']} images: {numbers}")
+            tqdm.write(f"{history[-1]['images']} images: {numbers} (best: {best['images']} images)")
         lines = "".join(json.dumps(line) + "\n" for line in history)
         write(folder / "metrics.jsonl", Path.write_text, lines)
         if iteration and (iteration % args.save_every == 0 or last):
-            write(folder / f"checkpoint/{iteration}", trainer.save, history)
+            write(folder / f"checkpoint/{iteration}", trainer.save, settings, history, new=True)
             for older in checkpoints(folder)[:-1]:
                 shutil.rmtree(older)
-    write(folder / "pipeline", trainer.save_pipeline)
-    print(f"samples-*.png, metrics.jsonl and the trained pipeline are in {folder}")
+    print(f"samples-*.png, metrics.jsonl and the pipeline of the best evaluation are in {folder}")
 
 
 def main(argv=None):
     """Train, and end with one sentence where the user, the disk or the memory is at fault."""
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-    resumable = None
+    tasks.silence_libraries()
+    folder = None
     try:
         args, task = parse_arguments(argv)
-        folder, settings = open_folder(args)
-        trainer, history = Trainer(args, task), []
-        ways = [way for way in ("compile", "offload", "gradient_checkpointing") if vars(args)[way]]
-        print(f"{args.model}, task {args.task}, {args.device} {' '.join(ways)} -> {folder}")
-        if args.allocation != "uniform":
-            check_core_words(trainer)
-        for newest in checkpoints(folder)[-1:]:
-            history = trainer.load(newest)
-        write(folder / "config.json", Path.write_text, json.dumps(settings, indent=1))
-        resumable = folder
-        train(trainer, history, folder)
+        settings = asdict(args) | {"checksum of prompts and model": task.checksum}
+        folder, newest = open_folder(args, settings)
+        trainer = Trainer(args, task)
+        print(f"{args.model}, task {args.task}, {args.device} -> {folder}")
+        train(trainer, settings, trainer.load(*newest) if newest else [], folder)
     except (torch.OutOfMemoryError, KeyboardInterrupt, UserError) as error:
         memory = "out of GPU memory; try --low-memory, --no-t5 or a smaller --batch-size"
-        said = {torch.OutOfMemoryError: memory, KeyboardInterrupt: "interrupted"}
-        saved = checkpoints(resumable)[-1:] if resumable else []
-        more = f"; --resume continues from {saved[0]}" if saved else ""
-        sys.exit(f"star.py: {said.get(type(error), error)}{more}")
+        said = memory if isinstance(error, torch.OutOfMemoryError) else error
+        if folder and checkpoints(folder):
+            said = f"{said}; --resume goes on from {folder}/checkpoint, other options need --out"
+        sys.exit(f"star.py: {said}")
+
+
+def stop(*signal_and_frame):
+    """End as Ctrl-C does, but only once: a second signal must not interrupt the end."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt("interrupted")
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as Ctrl-C does
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, stop)
     main()

@@ -64,6 +64,11 @@ def cases(table):
     return pytest.mark.parametrize(names, cells)
 
 
+def change(file, **fields):
+    """Other values in a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
 def flat(tensors):
     return torch.cat([tensor.detach().flatten() for tensor in tensors if tensor is not None])
 
@@ -370,9 +375,9 @@ def test_8_advantages(global_std):
 SMALL = """--iterations 3 --prompts-per-iteration 2 --group-size 4 --batch-size 4 --steps 4
     --stochastic-range 0-2 --stochastic-steps 2 --evaluate-every 2 --evaluation-prompts 2
     --evaluation-steps 4 --save-every 1 --ema-decay 0.5 --out""".split()
-FILES = "config.json metrics.jsonl samples-0.png samples-2.png samples-3.png checkpoint pipeline"
-FOREIGN = """checkpoint-20/model checkpoint.safetensors config.json.bak checkpoint.partial
-    partial-1/model pipeline.old/model .partial""".split()
+FILES = "metrics.jsonl samples-0.png samples-2.png samples-3.png checkpoint pipeline"
+FOREIGN = """checkpoint-20/model checkpoint.safetensors pipeline/notes/mine.txt checkpoint.partial
+    .partial-1/model pipeline.old/model .partial""".split()
 
 
 def run(folder, *options):
@@ -390,7 +395,7 @@ def checkpoint(folder):
 
 def assert_resumes_as(whole, folder, *options, foreign=()):
     """Resumed, it has the metrics, weights, EMA and optimizer state of `whole`; no more files."""
-    run(folder, *options, "--resume")
+    run(folder, *options, *["--resume"] * len(star.checkpoints(folder)))
     assert metrics(folder) == metrics(whole)
     assert_close(checkpoint(folder), checkpoint(whole), atol=0, rtol=0)
     assert len(list((folder / "checkpoint").iterdir())) == 1
@@ -407,11 +412,12 @@ def finished(tmp_path_factory):
 
 
 def test_a_run_leaves_what_it_promises(finished, pipe):
-    """Metrics, images, and a pipeline for plain diffusers with the average of the weights."""
+    """Metrics, images, and a pipeline for plain diffusers with the average of the weights at the
+    best evaluation, here the last."""
     assert {path.name for path in finished.iterdir()} == set(FILES.split())
     lines, changed = metrics(finished), []
     assert [line["images"] for line in lines] == [0, 8, 16, 24]
-    assert [line["images"] for line in lines if "heldout_reward" in line] == [0, 16, 24]
+    assert [line.get("heldout_reward") for line in lines] == [0.5, None, 0.5, 1]
     assert all(Image.open(path).width > 300 for path in finished.glob("*.png"))
     suffixes = {path.suffix for path in finished.rglob("*.*")}
     assert suffixes == {".json", ".jsonl", ".png", ".safetensors"}
@@ -421,6 +427,13 @@ def test_a_run_leaves_what_it_promises(finished, pipe):
         assert torch.equal(weight, tensors[f"ema.{i}"])
         changed += [not torch.equal(weight, each[name]) for each in (start, tensors)]
     assert sum(changed) > 0.9 * len(changed)  # the average is neither the start nor the end
+
+
+def test_a_run_that_collapses_keeps_its_best_pipeline(pipe, tmp_path):
+    run(tmp_path, "--learning-rate", "1e-2")
+    assert [line.get("heldout_reward") for line in metrics(tmp_path)] == [0.5, None, 0, 0]
+    kept = diffusers.StableDiffusion3Pipeline.from_pretrained(tmp_path / "pipeline").transformer
+    assert_close(dict(kept.named_parameters()), dict(pipe.transformer.named_parameters()))
 
 
 def run_and_kill(folder, function, text, call, when):
@@ -452,23 +465,31 @@ def start_process(function, *args):
 
 @cases("""
     function            | text       | call | when
-    star-rollout        |            | 3 | before
-    star-rollout        |            | 6 | after
-    rewards.OCR-reward  |            | 3 | before
+    star-rollout        |            | 1 | before
+    star-rollout        |            | 4 | before
+    star-rollout        |            | 7 | after
+    rewards.OCR-reward  |            | 4 | before
     star-star_loss      |            | 7 | after
-    star-save_file      | checkpoint | 9 | before
-    star-save_file      | checkpoint | 9 | within
+    star-save_file      | checkpoint | 1 | within
+    star-save_file      | checkpoint | 12 | before
+    star-save_file      | checkpoint | 19 | within
     Path-write_text     | "images"   | 5 | after
-    Path-replace        | checkpoint | 2 | before
-    Path-replace        | checkpoint | 2 | after
+    Path-write_text     | .safetens  | 2 | before
+    Path-replace        | checkpoint | 1 | before
+    Path-replace        | checkpoint | 1 | after
+    Path-replace        | checkpoint | 3 | before
+    Path-replace        | checkpoint | 3 | after
     star.shutil-rmtree  | checkpoint | 3 | before
     Path-write_text     | "images"   | 4 | after
     Path-replace        | pipeline   | 1 | before
+    Path-replace        | pipeline   | 1 | after
+    Path-replace        | pipeline   | 5 | before
+    Path-replace        | pipeline/model_index | 1 | before
 """)
 def test_9_killed_and_resumed_is_the_same(finished, function, text, call, when, tmp_path):
     """kill -9 of a real process. Files that only look like star.py's own stay untouched."""
     for name in FOREIGN:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     process = start_process(run_and_kill, tmp_path, function, text, call, when)
     process.join()
@@ -476,24 +497,35 @@ def test_9_killed_and_resumed_is_the_same(finished, function, text, call, when, 
     assert_resumes_as(finished, tmp_path, foreign=FOREIGN)
 
 
-def test_9_sigterm_ends_with_a_sentence(finished, tmp_path):
+def test_9_signals_end_with_a_sentence(finished, tmp_path):
+    """Ctrl-C or SIGTERM, and more of them while the first one is handled."""
     command = [sys.executable, "star.py", *SMALL, str(tmp_path)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not star.checkpoints(tmp_path):
+    while process.poll() is None and not (tmp_path / "metrics.jsonl").exists():
         time.sleep(0.01)
-    process.terminate()
-    said = process.communicate()[1]
-    assert process.returncode == 1 and "Traceback" not in said and len(metrics(tmp_path)) < 4
-    (newest,) = star.checkpoints(tmp_path)
-    assert said.splitlines()[-1] == f"star.py: interrupted; --resume continues from {newest}"
+    for each in (signal.SIGTERM, signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+        process.send_signal(each)
+        time.sleep(0.02)
+    said = process.communicate()[1].splitlines()[-1]
+    assert process.returncode == 1 and len(metrics(tmp_path)) < 4
+    assert said.startswith(f"star.py: interrupted; --resume goes on from {tmp_path}/checkpoint, ")
     assert_resumes_as(finished, tmp_path)
 
 
 def test_9_two_processes_in_one_folder(tmp_path):
-    """Each may end with a sentence, here with Adafactor; what follows is the same."""
+    """Started with other settings, the one that comes second ends. Resumed twice, each may end with
+    a sentence. In both cases the run is one of a single process, here with Adafactor."""
     whole, folder, adafactor = tmp_path / "whole", tmp_path / "run", ["--optimizer", "adafactor"]
     run(whole, *adafactor)
-    run(folder, *adafactor, "--iterations", "2")
+    others = [*adafactor, "--ema-decay", "0"], adafactor
+    processes = [start_process(run, folder, *options) for options in others]
+    for process in processes:
+        process.join()
+    assert sorted(process.exitcode for process in processes) == [0, 1]
+    first = others[processes[0].exitcode]
+    run(tmp_path / "again", *first)
+    assert metrics(folder) == metrics(tmp_path / "again")
+    run(folder := tmp_path / "resumed", *adafactor, "--iterations", "2")
     processes = [start_process(run, folder, *adafactor, "--resume") for _ in range(2)]
     for process in processes:
         process.join()
@@ -513,7 +545,7 @@ def test_9_full_disk(finished, tmp_path, monkeypatch):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
 
-    sentence = f"^star.py: {second} cannot be written: .+; --resume continues from {first}$"
+    sentence = f"^star.py: {second} cannot be written: .+; --resume goes on from {first.parent}, "
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match=sentence):
         patch.setattr(star.Trainer, "save", save_to_full_disk)
         run(tmp_path)
@@ -618,7 +650,7 @@ def test_an_iteration_is_the_gradient_of_one_loss(options, monkeypatch):
     if trainer.ema:
         assert difference(flat(trainer.ema) - start, average - start) < 2e-3
     model.proj_out.bias.data += math.inf
-    with pytest.raises(UserError, match="gradient is not finite; lower --learning-rate"):
+    with pytest.raises(UserError, match="gradient is not finite; use a lower --learning-rate"):
         trainer.iterate(3)
     monkeypatch.undo()  # evaluation samples from the average, if there is one
     monkeypatch.setattr(star, "decode", lambda pipe, latents: [latents.isfinite().all()])
@@ -694,11 +726,9 @@ def test_parts_take_video():
 
 # -------------------------------------------------------------------------- Full size, small memory
 def test_defaults_follow_the_model(tmp_path):
-    config = dict(_class_name="SD3Transformer2DModel", sample_size=128, patch_size=2)
-    config |= dict(pos_embed_max_size=192, block_out_channels=[128, 256, 512, 512])
-    for part in ("transformer", "vae"):
-        (tmp_path / part).mkdir()
-        (tmp_path / part / "config.json").write_text(json.dumps(config))
+    shutil.copytree("tiny/sd3", tmp_path, dirs_exist_ok=True)
+    change(tmp_path / "transformer/config.json", sample_size=128, pos_embed_max_size=192)
+    change(tmp_path / "vae/config.json", block_out_channels=[128, 256, 512, 512])
     command = ["--model", str(tmp_path)]
     full, written = star.parse_arguments(command)
     assert full == star.Arguments(model=str(tmp_path), **star.FULL_SIZE)
@@ -723,8 +753,7 @@ def test_defaults_follow_the_model(tmp_path):
 
 def test_without_t5_in_bfloat16_with_little_memory(tmp_path, capsys):
     """The weights are float32 although the file's are not, since a learning rate of 1e-5 would be
-    lost. T5's part of the context is zeros without core tokens; what is saved is whole again, or as
-    whole as the model was."""
+    lost. T5's part of the context is zeros without core tokens. T5 is not saved, and not needed."""
     shutil.copytree("tiny/sd3", tmp_path / "half")
     file = tmp_path / "half/transformer/diffusion_pytorch_model.safetensors"
     half = {name: tensor.bfloat16() for name, tensor in load_file(file).items()}
@@ -740,17 +769,13 @@ def test_without_t5_in_bfloat16_with_little_memory(tmp_path, capsys):
     assert abs(line["ratio_mean"] - 1) < 1e-3
     assert 0 <= line["kl"] < 1e-3  # the reference is the start, up to the rounding of its copy
     assert {weight.dtype for weight in checkpoint(out).values()} == {torch.float32}
-    saved = diffusers.StableDiffusion3Pipeline.from_pretrained(out / "pipeline")
-    assert saved.text_encoder_3 and saved.tokenizer_3
-    saved.text_encoder_3 = saved.tokenizer_3 = None
+    without = dict(text_encoder_3=None, tokenizer_3=None)
+    saved = diffusers.StableDiffusion3Pipeline.from_pretrained(out / "pipeline", **without)
     clip, t5 = star.encode(saved, PROMPTS, 20)[0].split(20, dim=1)
     assert clip.any() and not t5.any()
     core = star.core_tokens_of(saved, PROMPTS, SPANS, 20)
     assert core.sum(1).tolist() == [3, 3] and not core[:, 20:].any()
-    saved.save_pretrained(tmp_path / "without")
-    run(tmp_path / "other", *options.replace("/half", "/without").split())
-    other = json.loads((tmp_path / "other/pipeline/model_index.json").read_text())
-    assert other["text_encoder_3"] == [None, None]
+    run(tmp_path / "other", *options.replace("half", "run/pipeline").split())
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-8])
@@ -1069,9 +1094,12 @@ def test_rewards_are_one_finite_number_per_image():
     good = [Fixed(values) for values in ([0.5, 1], tensor.detach().numpy(), tensor)]
     for task in (*good, rewards.Mixture(good, [1, 2, 3])):
         assert torch.equal(scores(task, PROMPTS, PROMPTS), tensor)
-    for values in ([0.5, math.nan], [math.inf, 1], [0.5], torch.zeros(2, 1), 0.5):
+    wrong = [0.5, math.nan], [math.inf, 1], [0.5], torch.zeros(2, 1), 0.5, None, {"a": 1}, "ab"
+    wrong += ["0", "1"], (x for x in good), [torch.zeros(2)] * 2, ([0.5, 1], {}), torch.eye(300)
+    for values in wrong:
         for task in (Fixed(values), rewards.Mixture([good[0], Fixed(values)], [1, 2])):
-            with pytest.raises(UserError, match="Fixed must be one finite number for each of 2 im"):
+            sentence = r"Fixed must be one finite number for each of 2 images, not .{1,700}\Z"
+            with pytest.raises(UserError, match=sentence):
                 scores(task, PROMPTS, PROMPTS)
 
 
@@ -1117,12 +1145,16 @@ def test_the_task_in_the_readme(tmp_path):
 # --------------------------------------------------------------------------------------- Bad input
 EARLY = """
     --task chess; --monitor signs,chess | task chess is not known; choose ocr, geneval, pickscore
-    --task mine.py:Reward | there is no file mine.py
-    --task rewards.py:Gone; --task rewards.py:read_lines; --task IN/mine.py:NoReward | be a subclass
+    --task mine.py:Reward; --task LONG.py:Reward | there is no file
+    --task rewards.py:Gone; --task rewards.py:require; --task IN/mine.py:NoReward | be a subclass
+    --task IN/exits.py:Reward | exits.py calls sys.exit(0)
     --task ocr:0,pickscore:0; --task ocr:-1,pickscore:2 | weights must be 0 or more and their sum
     --task pickscore,ocr | has no text between straight double quotes
-    --model no/such/folder; --model nobody/nothing | hf auth login
-    --model IN/flux | is a FluxTransformer2DModel; only SD3Transformer2DModel
+    --task ocr,geneval | ocr.txt, line 1 must have a tag and lists of clauses
+    --task IN/mine.py:Pair; --task IN/mine.py:Gone; --task IN/mine.py:Number | must return (start, end)
+    --task IN/mine.py:Beyond; --task IN/mine.py:Backwards | (start, end) pairs inside of the prompt
+    --task IN/mine.py:Unheld | training and 0 held-out prompts: too few
+    --model no/such/folder; --model nobody/nothing; --model LONG | hf auth login
     --group-size 1 | --group-size is 1; use a number from 2 to 1000000
     --batch-size 7 | 8 images (--prompts-per-iteration x --group-size), not a multiple of 7
     --updates-per-iteration 5 | not a multiple of 20
@@ -1131,85 +1163,141 @@ EARLY = """
     --stochastic-range often | --stochastic-range often must be FIRST-LAST
     --height 30 | --height is 30; this model takes multiples of 4 up to 32
     --reward-model tiny/ocr;tiny/clip | is for 2 tasks
-    --prompts nowhere.txt; --prompts tiny; --heldout-prompts IN/latin.txt | prompt file
+    --task ocr,pickscore --reward-model tiny/ocr,no/model | OCR takes 1 to 1 models
+    --task signs --reward-model tiny/ocr; --reward-model tiny/ocr, | models
+    --task pickscore --reward-model tiny/clip,tiny/clip,tiny/clip | PickScore takes 1 to 2 models
+    --prompts nowhere.txt; --prompts tiny; --prompts IN/pipe; --prompts LONG | that can be read twice
+    --prompts /dev/fd/0; --heldout-prompts /dev/null | that can be read twice
+    --heldout-prompts IN/latin.txt | prompt file
     --prompts IN/empty.txt | empty.txt is empty; it needs one prompt per line
     --prompts IN/unquoted.txt | line 3 has no text between straight double quotes: a ball
-    --prompts-per-iteration 9999 --batch-size 9999 | training prompts: fewer than --prompts-per-it
+    --prompts IN/broken.JSONL; --prompts IN/list.json | line 1 must be a JSON object with a prompt
+    --prompts-per-iteration 9999 --batch-size 9999 | held-out prompts: too few
     --task geneval --prompts IN/unquoted.txt | line 1
-    --task geneval --reward-model tiny/detector | geneval needs DETECTOR,CLIP
+    --task geneval --prompts IN/two.jsonl | line 2: another record has this prompt
+    --task geneval --reward-model tiny/detector | GenEval takes 2 to 2 models
     --task geneval --reward-model no/detector,tiny/clip | reward model no/detector
-    --task geneval --reward-model tiny/clip,tiny/clip | tiny/clip is not a mask2former model
-    --resume | holds no run that --resume could continue
-    --out IN/run | holds a run; --resume continues it
+    --task geneval --reward-model tiny/clip,tiny/clip | must be one of ['LABEL_0', 'LABEL_1']
+    --prompts IN/long.txt | 2 of 3 prompts have no core words within the token limit; change them
+    --resume; --out IN/lost --resume; --out IN/dangling --resume | holds no checkpoint to --resume
+    --out IN/run; --out IN/lost | holds a run: use --resume or another --out
     --out IN/run --resume --lam 0.5 | was run with other settings: {'lam': 1.0}
-    --out IN/damaged --resume | damaged/config.json
-    --out IN/empty.txt/run | --out
+    --out IN/run --resume --prompts IN/other.txt | other settings: {'checksum of prompts and model'
+    --out IN/run --resume --model IN/similar | other settings: {'checksum of prompts and model'
+    --out IN/damaged --resume | damaged/checkpoint/3: Expecting value
+    --out IN/old --resume | old/checkpoint/3: 'settings' is missing (KeyError)
+    --out IN/empty.txt/run; --out LONG | --out
 """
 LATE = """
-    --out IN/run --resume | checkpoint/3: Error while deserializing header
-    --out IN/part --resume | checkpoint/3: a part of it is missing
-    --reward-model tiny/clip | reward model tiny/clip
+    --out IN/run --resume | run/checkpoint/3/0.safetensors is damaged
+    --out IN/part --resume | checkpoint/3: [Errno 2] No such file or directory
+    --out IN/flipped --resume | flipped/checkpoint/3/200.safetensors is damaged
+    --out IN/edited --resume | edited/checkpoint/3/run.json is damaged
+    --reward-model tiny/clip | the model tiny/clip
     --reward-model IN/cut; --reward-model IN/unsafe; --model IN/unsafe | (only weights in safetens
-    --task pickscore --reward-model tiny/ocr | reward model tiny/ocr is not a clip model
-    --model IN/mute; --model IN/wordless | has no tokenizer
-    --prompts IN/long.txt | 2 of 3 prompts have no core words within the token limit; change them
+    --task pickscore --reward-model tiny/ocr | tiny/ocr
+    --task pickscore --reward-model tiny/clip,IN/wordless; --task pickscore --reward-model IN/wordless | a tokenizer lacks files
+    --task pickscore --reward-model tiny/clip,tiny/ocr; --task pickscore --reward-model tiny/clip,IN/larger | reward models tiny/clip
+    --reward-model IN/illiterate | illiterate
+    --task IN/mine.py:Silent; --task IN/mine.py:Wordy | the report of
 """
 RANGES = """noise-level inf, noise-level 0, learning-rate inf, learning-rate nan, learning-rate -1,
     guidance-scale nan, max-gradient-norm nan, clip-range 0, advantage-clip 0, kl-weight -1,
     ema-decay 1, lam 2, seed 20250131120000, iterations 0, evaluate-every 0, save-every -1,
     batch-size 0, evaluation-prompts -5, max-sequence-length 0, height 64, height -32, height 0"""
 BROKEN = """
-    count    | [0, true, "2", null]            | must be a whole number of 1 or more
-    class    | ["dragon", null, ["ball"]]      | is not one of ball, box, triangle
-    color    | ["mauve", 5]                    | is not one of red, orange, yellow
-    position | [["near", 0], ["above", 1]]     | must be [one of left of, right of, above, below;
-    position | [["above", -1], ["above"], "above", ["above", true]] | index of an earlier clause]
-    include  | [[], null, {}]                  | include and exclude must be lists of clauses
-    exclude  | [{}, null]                      | include and exclude must be lists of clauses
-    include  | [[3]]                           | clause 3 must be an object
-    exclude  | [[{"class": "ball"}]]           | count None must be a whole number
-    tag      | [null, 5]                       | the field tag must be a text
-    prompt   | ["", null, 5]                   | the field prompt must be a text
+    count    | [0, 17, true, 2.0, "2", null]   | count VALUE must be one of [1, 2, 3,
+    class    | ["dragon", null, ["ball"]]      | class VALUE must be one of ['ball', 'box', 'triangle
+    color    | ["mauve", 5]                    | color VALUE must be one of ['red', 'orange',
+    position | [["near", 0], ["above", 1], ["above", -1], "above", ["above", true]] | must be one of [['left of', 0],
+    colour   | ["red"]                         | a clause has no field colour here
+    include  | [[], null, {}, "ball", [3]]     | must have a tag and lists of clauses
+    exclude  | [{}, null, "ball"]              | must have a tag and lists of clauses
+    exclude  | [[{"class": "ball"}]]           | count None must be one of
+    exclude  | [[{"class": "ball", "count": 2, "color": "red"}]] | a clause has no field color here
+    excludes | [[]]                            | must have a tag and lists of clauses
+    tag      | [null, 5]                       | must have a tag and lists of clauses
+    prompt   | ["", " ", null, 5]              | must be a JSON object with a prompt
 """
 EARLY = [[each, says] for many, says in rows(EARLY) for each in many.split("; ")]
 EARLY += [[f"--{each.strip()}", f"--{each.split()[0]} is "] for each in RANGES.split(",")]
-BROKEN = [[f, v, says] for f, values, says in rows(BROKEN) for v in json.loads(values)]
+BROKEN = [
+    [f, v, says.replace("VALUE", str(v))]
+    for f, values, says in rows(BROKEN)
+    for v in json.loads(values)
+]
 EARLY += [[f"--task geneval --prompts IN/{i}.jsonl", says] for i, (_, _, says) in enumerate(BROKEN)]
 EARLY += [["--device cuda", "but there is no GPU"]] * (not torch.cuda.is_available())
 LATE = [[each, says] for many, says in rows(LATE) for each in many.split("; ")]
+MINE = """
+import rewards
+class NoReward(rewards.Task): pass
+class Own(rewards.Task):
+    reward = lambda self, images, prompts: [0.5 * i for i in range(len(images))]
+class Pair(Own): core_spans = lambda self, prompt: (0, 3)
+class Gone(Own): core_spans = lambda self, prompt: None
+class Number(Own): core_spans = lambda self, prompt: [3]
+class Beyond(Own): core_spans = lambda self, prompt: [(0, 999)]
+class Backwards(Own): core_spans = lambda self, prompt: [(3, 0)]
+class Silent(Own): report = lambda self, images, prompts: None
+class Wordy(Own): report = lambda self, images, prompts: {"style": "fine"}
+class Unheld(Own):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.heldout_prompts = []
+"""
 
 
 @pytest.fixture(scope="session")
 def inputs(finished, tmp_path_factory):
     """A folder of files with mistakes in them."""
     folder, far = tmp_path_factory.mktemp("inputs"), "a wall " * 30 + 'with a sign "K7Q"'
+    ball = dict(tag="a", prompt="a ball", include=clauses("1 ball"))
     texts = {
-        "mine.py": "import rewards\nclass NoReward(rewards.Task): pass",
-        "damaged/config.json": '{"task": ',
-        "run/checkpoint/3/0.safetensors": "not tensors",
+        "mine.py": MINE,
+        "exits.py": "import sys\nsys.exit(0)",
         "empty.txt": "\n \n",
         "latin.txt": 'a café "B"',
         "unquoted.txt": 'a "B"\n\na ball\na box\n',
         "long.txt": f"{far}\n{far} here\n{PROMPTS[0]}",
+        "other.txt": "\n".join(PROMPTS),
+        "broken.JSONL": 'a sign "K7Q"',
+        "list.json": '[\n"a ball"\n]',
+        "two.jsonl": json.dumps(ball) + "\n" + json.dumps(ball | dict(include=clauses("2 ball"))),
+        "lost/metrics.jsonl": "",
+        "dangling/metrics.jsonl": "",
+        "damaged/checkpoint/3/run.json": "",
+        "old/checkpoint/3/run.json": "{}",
     }
-    for name in ("run", "part"):
-        texts[f"{name}/config.json"] = (finished / "config.json").read_text()
-        texts[f"{name}/checkpoint/3/history.json"] = "[9, []]"
-    for part in ("transformer", "vae"):
-        texts[f"flux/{part}/config.json"] = '{"_class_name": "FluxTransformer2DModel"}'
     for i, (field, value, _) in enumerate(BROKEN):
         record = dict(tag="a", prompt="a ball", include=clauses("1 ball, 1 ball"), exclude=[])
-        (record if field in record else record["include"][1])[field] = value
+        part = record if field in record or field == "excludes" else record["include"][1]
+        part[field] = value
         texts[f"{i}.jsonl"] = json.dumps(record)
     for name, text in texts.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="latin-1")
-    for source, name in rows(
-        "sd3 | mute\n sd3 | wordless\n ocr | cut\n ocr | unsafe\n sd3 | unsafe"
-    ):
+    os.mkfifo(folder / "pipe")
+    (folder / "dangling/checkpoint").symlink_to("nowhere")
+    for name in ("run", "part", "flipped", "edited"):
+        shutil.copytree(finished, folder / name)
+    (folder / "run/checkpoint/3/0.safetensors").write_text("not tensors")
+    (folder / "part/checkpoint/3/200.safetensors").unlink()
+    with open(folder / "flipped/checkpoint/3/200.safetensors", "r+b") as file:
+        file.seek(-999, 2)
+        file.write(bytes(255 - byte for byte in file.read(1)))
+    text = folder / "edited/checkpoint/3/run.json"
+    text.write_text(text.read_text().replace('"images": 8', '"images": 9'))
+    copies = (
+        "clip wordless, ocr illiterate, clip larger, ocr cut, ocr unsafe, sd3 unsafe, sd3 similar"
+    )
+    for source, name in map(str.split, copies.split(",")):
         shutil.copytree(f"tiny/{source}", folder / name, dirs_exist_ok=True)
-    shutil.rmtree(folder / "mute/tokenizer")
-    (folder / "wordless/tokenizer/tokenizer.json").unlink()
+    for name in ("wordless", "illiterate"):
+        (folder / name / "tokenizer.json").unlink()
+    file = folder / "larger/processor_config.json"
+    file.write_text(file.read_text().replace("32", "48"))
+    change(folder / "similar/vae/config.json", scaling_factor=0.9)
     os.truncate(folder / "cut/model.safetensors", 99)
     for part in (".", "transformer", "text_encoder"):
         for file in (folder / "unsafe" / part).glob("*.safetensors"):
@@ -1217,16 +1305,103 @@ def inputs(finished, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("arguments, says", EARLY + LATE)
-def test_bad_input_is_one_sentence(arguments, says, inputs, tmp_path, monkeypatch):
+def says(text):
+    """A context in which star.py ends with one sentence that has this text."""
+    return pytest.raises(SystemExit, match=rf"^star.py: .*{re.escape(text)}.*\Z")
+
+
+@pytest.mark.parametrize("arguments, said", EARLY + LATE)
+def test_bad_input_is_one_sentence(arguments, said, inputs, tmp_path, monkeypatch):
     """Before anything is loaded, if that is possible, and without files that stay behind."""
-    early, out = [arguments, says] in EARLY, tmp_path / "run"
+    early, out = [arguments, said] in EARLY, tmp_path / "run"
     if early:
         monkeypatch.setattr(star, "Trainer", None)
-    with pytest.raises(SystemExit, match=rf"^star.py: .*{re.escape(says)}.*\Z"):
-        run(out, *arguments.replace("IN", str(inputs)).split())
-    assert not (out.exists() if early else list(out.rglob("*")))
+    with says(said):
+        run(out, *arguments.replace("IN", str(inputs)).replace("LONG", "x" * 300).split())
+    assert not out.exists() or not early and not list(out.rglob("*.png"))
     assert (inputs / "run/checkpoint/3/0.safetensors").read_text() == "not tensors"
+
+
+FAULTS = dict(
+    less=lambda tensors, name: tensors.pop(name),
+    more=lambda tensors, name: tensors.update(extra=tensors[name].clone()),
+    prefix=lambda tensors, name: tensors.update(module=tensors.pop(name)),
+    shape=lambda tensors, name: tensors.update({name: torch.zeros(3, 3, 3)}),
+    nan=lambda tensors, name: tensors[name].view(-1)[-1:].fill_(math.nan),
+    infinite=lambda tensors, name: tensors[name].view(-1)[:1].fill_(math.inf),
+)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@cases("""
+    source   | part                                     | weight | options
+    sd3      | transformer/diffusion_pytorch_model      | proj_out.bias | --model
+    sd3      | vae/diffusion_pytorch_model              | decoder.conv_in.weight | --model
+    sd3      | text_encoder/model                       | text_projection.weight | --model
+    sd3      | text_encoder_3/model                     | encoder.final_layer_norm.weight | --model
+    ocr      | model                                    | decoder.model.decoder.layers.0.fc1.bias | --reward-model
+    clip     | model                                    | logit_scale | --task pickscore --reward-model
+    detector | model                                    | class_predictor.weight | --task geneval --reward-model
+""")
+def test_weights_that_do_not_fit(source, part, weight, options, fault, tmp_path):
+    """The libraries would replace missing ones by random numbers, with no more than a warning."""
+    folder = shutil.copytree(f"tiny/{source}", tmp_path / source)
+    file = folder / f"{part}.safetensors"
+    FAULTS[fault](tensors := load_file(file), weight)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"}
+    )
+    name = {"more": "extra", "nan": weight}.get(fault, weight)
+    with says(f"weights are missing, unknown, of another shape or not finite, such as {name}"):
+        run(tmp_path / "run", *options.split(), str(folder) + ",tiny/clip" * (source == "detector"))
+
+
+@cases("""
+    file             | fields                                          | said
+    model_index      | {"scheduler": ["diffusers", "DDIMScheduler"]}   | its scheduler is a DDIMScheduler, but must be a FlowMatch
+    model_index      | {"scheduler": ["diffusers", "UniPCMultistepScheduler"]} | its scheduler is a UniPC
+    model_index      | {"transformer": ["diffusers", "FluxTransformer2DModel"]} | its transformer is a Flux
+    model_index      | {"tokenizer": ["transformers", "BertTokenizer"]} | its tokenizer is a BertTokenizer, but
+    model_index      | {"vae": ["diffusers", "AutoencoderTiny"]}       | its vae is a AutoencoderTiny
+    model_index      | {"vae": null}                                   | its vae is a None, but
+    model_index      | {"text_encoder_2": [null, null]}                | its text_encoder_2 is a None, but must be a CLIP
+    model_index      | {"text_encoder_3": [null, null], "tokenizer_3": [null, null]} | has no T5; use --no-t5
+    scheduler/scheduler_config | {"use_dynamic_shifting": true}        | --model
+    scheduler/scheduler_config | {"shift": 0}                          | sigmas do not fall from 1: [nan
+    scheduler/scheduler_config | {"shift": null}                       | --model
+    scheduler/scheduler_config | {"invert_sigmas": true}               | sigmas do not fall from 1
+    vae/config       | {"shift_factor": null}                          | its parts do not fit together
+    tokenizer/tokenizer_config | {"model_max_length": 77}              | its parts do not fit together
+    tokenizer/tokenizer_config | {"model_max_length": 1e30}            | --model
+    tokenizer/tokenizer | GONE | a tokenizer lacks files
+    tokenizer_3/tokenizer | GONE | a tokenizer lacks files
+    tokenizer        | GONE | --model
+    text_encoder/model | GONE | sd3 text_encoder (only weights
+    transformer/config | {"pooled_projection_dim": 9}                  | of another shape
+    text_encoder/config | {"num_hidden_layers": 1}                     | unknown
+""")
+def test_models_that_cannot_be_trained(file, fields, said, tmp_path):
+    folder = shutil.copytree("tiny/sd3", tmp_path / "sd3")
+    if fields == "GONE":
+        for path in folder.glob(f"{file}*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    else:
+        change(folder / f"{file}.json", **json.loads(fields))
+    with says(said):
+        run(tmp_path / "run", "--model", str(folder))
+    assert not list(tmp_path.glob("run/*"))
+
+
+def test_files_in_the_way_stay(tmp_path):
+    """A file in place of a folder and a folder in place of a file; the run goes on without them."""
+    (tmp_path / "pipeline").write_text("mine")
+    with says("/pipeline cannot be written"):
+        run(tmp_path)
+    (tmp_path / "pipeline").unlink()
+    (tmp_path / "metrics.jsonl/mine").mkdir(parents=True)
+    with says("/metrics.jsonl cannot be written"):
+        run(tmp_path, "--resume")
+    assert (tmp_path / "metrics.jsonl/mine").exists() and (tmp_path / "pipeline").is_dir()
 
 
 # ----------------------------------------------------------------------------------- README, study

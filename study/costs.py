@@ -10,7 +10,6 @@ import functools
 import inspect
 import re
 import sys
-import tempfile
 import time
 import weakref
 from argparse import ArgumentParser, Namespace
@@ -18,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import diffusers
@@ -89,6 +89,10 @@ def full_size(args):
 
 
 # ------------------------------------------------------------------------------------------ Memory
+def text_encoders(pipe):
+    return filter(None, (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3))
+
+
 def tensors_of(*modules):
     return [each for module in modules for each in (*module.parameters(), *module.buffers())]
 
@@ -153,7 +157,7 @@ def count_iteration(settings, task, pipe, live):
         trainer.args, dtype = settings, torch.bfloat16 if settings.bfloat16 else torch.float32
         if settings.kl_weight > 0:  # what star.py reads from the file of the model
             trainer.reference = [weight.data.to(dtype, copy=True) for weight in trainer.weights]
-        for each in (trainer.reference, trainer.ema, tensors_of(*star.text_encoders(pipe))):
+        for each in (trainer.reference, trainer.ema, tensors_of(*text_encoders(pipe))):
             live.place(each or [], on_device=not settings.offload)
         trainer.optimizer.param_groups[0]["fused"] = settings.optimizer == "adamw"  # as on a GPU
         for weight in trainer.weights:
@@ -193,11 +197,15 @@ def memory(args):
     bytes. Not counted are the models of the reward, what CUDA itself takes (about half a GiB), the
     working space of kernels, and gaps between tensors. Options of star.py but --model may follow.
     """
-    with tempfile.TemporaryDirectory() as folder, torch.device("meta"):
-        diffusers.SD3Transformer2DModel(**SHAPES[args.shapes]).save_config(f"{folder}/transformer")
-        diffusers.AutoencoderKL(**VAE).save_config(f"{folder}/vae")
-        options = ["--bfloat16", *args.more, "--model", folder, "--device", "cpu"]
-        settings, task = star.parse_arguments(options)
+    with torch.device("meta"):
+        configs = (
+            diffusers.SD3Transformer2DModel(**SHAPES[args.shapes]),
+            diffusers.AutoencoderKL(**VAE),
+        )
+    words = SimpleNamespace(tokenizer=build.clip_tokenizer(), tokenizer_3=build.t5_tokenizer())
+    found = words, *(each.config for each in configs)
+    with patch.object(star, "open_pipeline", lambda name: found):
+        settings, task = star.parse_arguments(["--bfloat16", *args.more, "--device", "cpu"])
     # two batches show the peaks; of the other images we only add what is kept for the update
     images = settings.prompts_per_iteration * settings.group_size
     few = min(images, 2 * settings.batch_size * settings.updates_per_iteration)
@@ -212,7 +220,7 @@ def memory(args):
     others = size([list(vars(batch).values()) for batch in batches]) * (images - few) / few
     pipe, saved = trainer.pipe, list(trainer.tensors().values())
     files = [size(saved[i : i + 100]) for i in range(0, len(saved), 100)]  # as Trainer.save
-    text, ema = size(tensors_of(*star.text_encoders(pipe))), size(trainer.ema)
+    text, ema = size(tensors_of(*text_encoders(pipe))), size(trainer.ema)
     loaded = size(tensors_of(pipe.transformer)) + text
     rows = {phase: peak / GIB + others * (phase != "encode") for phase, peak in live.peaks.items()}
     rows["main memory while loading"] = loaded

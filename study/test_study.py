@@ -182,7 +182,7 @@ def test_memory_of_a_fake_run_is_that_of_a_real_run(options):
     options += " --prompts-per-iteration 1 --group-size 4 --batch-size 2 --steps 2"
     options += " --stochastic-steps 1 --stochastic-range 0-1 --no-bfloat16 --device cpu"
     settings, task = star.parse_arguments(options.split())
-    pipe, real = star.load_pipeline("tiny/sd3", dtype=torch.float32), costs.LiveBytes()
+    pipe, real = star.load_pipeline("tiny/sd3"), costs.LiveBytes()
 
     def make():
         parts = dict(pipe.components)
