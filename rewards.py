@@ -32,8 +32,8 @@ import torch.nn.functional as F
 import transformers
 from PIL import Image
 
-TINY = Path(__file__).parent / "tiny"
-PARTIALS = ".star-partial-*"  # names of folders in which something is being written
+TINY, PARTIALS = Path(__file__).parent / "tiny", ".star-partial-*"  # of what is being written
+MODEL = os.path.relpath(TINY / "sd3")  # the miniature, named from the current folder
 
 
 # ------------------------------------------------------------------------------ Errors and loading

@@ -49,6 +49,9 @@ from tqdm import tqdm
 import rewards as tasks
 from rewards import UserError, naming, on_device, replaced, require, write
 
+if __name__ == "__main__":
+    tasks.silence_libraries()  # they also warn where classes are imported
+
 
 # ------------------------------------------------------------------------------- Part 1: Flow-GRPO
 def sde_step(latents, velocity, sigma, sigma_next, sigma_max, noise_level):
@@ -478,7 +481,7 @@ class Trainer:
         home = "cpu" if args.offload else args.device  # of what is not trained
         for each in (task, *task.monitors):
             tasks.load(each, args.device, home)
-        half, frozen = torch.bfloat16, torch.bfloat16 if args.bfloat16 else torch.float32
+        frozen = torch.bfloat16 if args.bfloat16 else torch.float32
         self.pipe = pipe = load_pipeline(args.model, args.t5, home, frozen)
         pipe.vae.to(args.device).requires_grad_(False)
         pipe.vae.enable_slicing()  # decode one image at a time
@@ -494,8 +497,8 @@ class Trainer:
             self.transformer.enable_gradient_checkpointing()
         side = (args.height or 0) // pipe.vae_scale_factor or pipe.default_sample_size
         self.shape = (self.transformer.config.in_channels, side, side)
-        # without the cache, which would keep bfloat16 copies of the weights
-        self.autocast = torch.autocast(args.device, half, args.bfloat16, cache_enabled=False)
+        # without its cache (False), which would keep bfloat16 copies of the weights
+        self.autocast = torch.autocast(args.device, torch.bfloat16, args.bfloat16, False)
         with naming(f"--model {args.model}: its parts do not fit together"):
             self.empty_prompt = encode(pipe, [""], args.max_sequence_length)
             self.generate(task.prompts[:1])
@@ -590,7 +593,7 @@ class Trainer:
 @dataclass
 class Arguments:  # comments are the text of --help; (LOW to HIGH) in them is checked
     task: str = "ocr"  # ocr, geneval, pickscore, FILE.py:CLASS or a mix: ocr:0.7,pickscore:0.3
-    model: str = "tiny/sd3"  # folder or hub name of an SD3; MINIATURE and FULL_SIZE change defaults
+    model: str = tasks.MODEL  # folder or hub name of an SD3; may change defaults (FULL_SIZE)
     reward_model: str = None  # models for the reward: commas within a task, semicolons between
     prompts: str = None  # file with one training prompt per line; each task has its own
     heldout_prompts: str = None  # the same for evaluation
@@ -818,7 +821,6 @@ def train(trainer, settings, history, folder):
 
 def main(argv=None):
     """Train, and end with one sentence where the user, the disk or the memory is at fault."""
-    tasks.silence_libraries()
     folder = None
     try:
         args, task = parse_arguments(argv)

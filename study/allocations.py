@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import os
 import random
 import re
 import shutil
@@ -25,9 +26,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import diffusers
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 import torch
-import transformers
 from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw, ImageFont, ImageStat
 from tqdm import tqdm
@@ -44,8 +44,8 @@ NAMES = {"uniform": "Flow-GRPO", "spatial": "STAR"}  # the other kinds have no o
 KINDS = "uniform,spatial,spatial0.5,spatiotemporal,spatiotemporal0.5"
 CONTROLS = ",shuffled,oracle"
 RATES = "2e-4,4e-4,8e-4,1.6e-3"
-TUNING_SEEDS, FRESH_SEEDS = "100,101,102,103", "20,21,22,23,24,25,26,27,28,29"
-RUNS = Path("runs/study")
+TUNING_SEEDS, FRESH_SEEDS = "100,101,102,103", "10,11,12,13,14,15,16,17,18,19"
+RUNS = Path("runs/sweep")
 STUDY = {  # the options of star.py for each task of the comparison
     "ocr": "--iterations=20 --ema-decay=0 --monitor=",
     "geneval": "--iterations=20 --monitor=",
@@ -273,14 +273,14 @@ def make_run(folder, kind, seed, options):
     if (folder / "done").exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    options = options + ["--resume"] * (folder / "config.json").exists()
+    options = options + ["--resume"] * len(star.checkpoints(folder))
     torch.manual_seed(seed)  # of the shuffled maps
     KindTrainer.kind, star.Trainer = kind, KindTrainer
     with open(f"{folder}.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
         star.main(options)
+    (folder / "done").touch()
     for large in ("checkpoint", "pipeline"):  # hundreds of runs would fill the disk
         shutil.rmtree(folder / large)
-    (folder / "done").touch()
 
 
 def train(kinds=KINDS, rates=RATES, seeds=TUNING_SEEDS, evaluate_every=4, folder=RUNS, more=()):
@@ -322,7 +322,7 @@ def sweep(kinds=KINDS, rates=RATES, evaluate_every=1, folder=RUNS, goal=0.8, mor
     compare(final, goal)
 
 
-def all_(folder=RUNS):
+def all_(folder=Path("runs/study")):
     """Make all runs of the comparison in study/RESULTS.md: hours. What is finished is kept."""
     tuned = {}
     for task, options in STUDY.items():
@@ -339,7 +339,8 @@ def all_(folder=RUNS):
                         chosen[rate].add(kind)
             chosen[max(areas, key=areas.get)].add(kind)
         for rate, kinds in chosen.items():
-            train(",".join(sorted(kinds)), f"{rate}", FRESH_SEEDS, 2, folder, more)
+            seeds = ",".join(map(str, range(20, 30)))
+            train(",".join(sorted(kinds)), f"{rate}", seeds, 2, folder, more)
 
 
 # ----------------------------------------------------------------------------------- Comparing runs
@@ -517,7 +518,8 @@ def object_quality(trainer, images):
         task.core_spans = {prompt: words[prompt][kind][0] for prompt in prompts}.get
         areas, samples = [], watch(trainer, prompts)
         shown = star.decode(trainer.pipe, samples.latents[:, -1])
-        verdicts, detected = task.verdicts(shown, prompts), task.detect(shown)
+        task.reward(shown, prompts)
+        verdicts, detected = task.verdicts, task.detect(shown)
         for prompt, (right, _), found, image_maps in zip(prompts, verdicts, detected, samples.maps):
             classes = words[prompt][kind][1]
             truth = tokens_of([one.mask for name in classes for one in found.get(name, [])])
@@ -704,9 +706,7 @@ def main(argv=None):
                 kind, shown = str if default is None else type(default), "default: %(default)s"
                 command.add_argument(option, type=kind, default=default, help=shown)
     args, more = parser.parse_known_args(argv)
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
+    rewards.silence_libraries()
     options = vars(args) | ({} if args.function in (all_, compare, curves) else {"more": more})
     if more and "more" not in options:
         parser.error(f"unrecognized arguments: {' '.join(more)}")

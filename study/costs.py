@@ -8,6 +8,7 @@
 
 import functools
 import inspect
+import os
 import re
 import sys
 import time
@@ -20,6 +21,7 @@ from statistics import median
 from types import SimpleNamespace
 from unittest.mock import patch
 
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 import diffusers
 import torch
 import torch.nn.functional as F
@@ -35,12 +37,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import build
 
 import star
-from rewards import UserError, naming, replaced, require
+from rewards import UserError, naming, replaced, require, silence_libraries
 
 ALLOCATIONS, GIB = ("uniform", "spatial"), 2**30
 
 # ------------------------------------------------------------------- Stable Diffusion's real shapes
-# As published, but for the tokenizers; what is not here is the default of the class.
 MEDIUM = dict(num_layers=24, num_attention_heads=24, caption_projection_dim=1536)
 LARGE = dict(num_layers=38, num_attention_heads=38, caption_projection_dim=2432)
 DUAL = dict(dual_attention_layers=tuple(range(13)), qk_norm="rms_norm")
@@ -89,12 +90,13 @@ def full_size(args):
 
 
 # ------------------------------------------------------------------------------------------ Memory
-def text_encoders(pipe):
-    return filter(None, (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3))
-
-
 def tensors_of(*modules):
+    modules = filter(None, modules)
     return [each for module in modules for each in (*module.parameters(), *module.buffers())]
+
+
+def text_tensors(pipe):
+    return tensors_of(pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -157,7 +159,7 @@ def count_iteration(settings, task, pipe, live):
         trainer.args, dtype = settings, torch.bfloat16 if settings.bfloat16 else torch.float32
         if settings.kl_weight > 0:  # what star.py reads from the file of the model
             trainer.reference = [weight.data.to(dtype, copy=True) for weight in trainer.weights]
-        for each in (trainer.reference, trainer.ema, tensors_of(*text_encoders(pipe))):
+        for each in (trainer.reference, trainer.ema, text_tensors(pipe)):
             live.place(each or [], on_device=not settings.offload)
         trainer.optimizer.param_groups[0]["fused"] = settings.optimizer == "adamw"  # as on a GPU
         for weight in trainer.weights:
@@ -198,13 +200,10 @@ def memory(args):
     working space of kernels, and gaps between tensors. Options of star.py but --model may follow.
     """
     with torch.device("meta"):
-        configs = (
-            diffusers.SD3Transformer2DModel(**SHAPES[args.shapes]),
-            diffusers.AutoencoderKL(**VAE),
-        )
+        transformer = diffusers.SD3Transformer2DModel(**SHAPES[args.shapes])
+        vae = diffusers.AutoencoderKL(**VAE)
     words = SimpleNamespace(tokenizer=build.clip_tokenizer(), tokenizer_3=build.t5_tokenizer())
-    found = words, *(each.config for each in configs)
-    with patch.object(star, "open_pipeline", lambda name: found):
+    with patch.object(star, "open_pipeline", lambda _: (words, transformer.config, vae.config)):
         settings, task = star.parse_arguments(["--bfloat16", *args.more, "--device", "cpu"])
     # two batches show the peaks; of the other images we only add what is kept for the update
     images = settings.prompts_per_iteration * settings.group_size
@@ -220,7 +219,7 @@ def memory(args):
     others = size([list(vars(batch).values()) for batch in batches]) * (images - few) / few
     pipe, saved = trainer.pipe, list(trainer.tensors().values())
     files = [size(saved[i : i + 100]) for i in range(0, len(saved), 100)]  # as Trainer.save
-    text, ema = size(tensors_of(*text_encoders(pipe))), size(trainer.ema)
+    text, ema = size(text_tensors(pipe)), size(trainer.ema)
     loaded = size(tensors_of(pipe.transformer)) + text
     rows = {phase: peak / GIB + others * (phase != "encode") for phase, peak in live.peaks.items()}
     rows["main memory while loading"] = loaded
@@ -342,11 +341,9 @@ def benchmark(args):
     images, S = settings.prompts_per_iteration * settings.group_size, settings.stochastic_steps
     sampled, unit = settings.steps + (S if trainer.reference else 0), images * forward / speed
     updated = S * (3 if settings.guidance_scale == 1 else 2)
-    for title, phase, amount in (
-        ("images per second", "iterate", images),
-        ("sample, FLOP utilisation", "sample", unit * sampled),
-        ("update, FLOP utilisation", "update", unit * updated),
-    ):
+    amounts = dict(iterate=images, sample=unit * sampled, update=unit * updated)
+    for phase, amount in amounts.items():
+        title = "images per second" if phase == "iterate" else f"{phase}, FLOP utilisation"
         columns = rows[f"{phase}, seconds"].items()
         rows[title] = {way: [amount / each for each in seconds] for way, seconds in columns}
     print(f"{images} images; forward pass {forward:.3g}, matrix product {speed:.3g} TFLOP/s")
@@ -382,9 +379,8 @@ def flow_grpo(folder, trainer):
         sample = dict(latents=batch.latents[:, :-1], next_latents=batch.latents[:, 1:])
         sample["timesteps"] = pipe.scheduler.timesteps.expand(len(advantages), -1)
         for k in batch.steps:
-            log_prob = module.compute_log_prob(pipe.transformer, pipe, sample, k, *prompt, config)[
-                1
-            ]
+            inputs = pipe.transformer, pipe, sample, k, *prompt, config
+            log_prob = module.compute_log_prob(*inputs)[1]
             loss = -(advantages * torch.exp(log_prob - log_prob.detach())).mean()
             (loss / len(batch.steps)).backward()
         return {}
@@ -399,10 +395,8 @@ def against_flow_grpo(args):
     turn: 24 images, 10 steps of which 3 are trained, guidance 4.5. They decode while they sample.
     """
     torch.set_num_threads(1)
-    options = (
-        "--device cpu --no-bfloat16 --allocation uniform --ema-decay 0 --max-gradient-norm 1e9"
-    )
-    trainer = star.Trainer(*star.parse_arguments(options.split()))
+    text = "--device cpu --no-bfloat16 --allocation uniform --ema-decay 0 --max-gradient-norm 1e9"
+    trainer = star.Trainer(*star.parse_arguments(text.split()))
     trainer.optimizer = Namespace(step=lambda: None, zero_grad=lambda: None)
     trainer.pipe.set_progress_bar_config(disable=True)
     rollout, update = flow_grpo(args.flow_grpo, trainer)
@@ -429,9 +423,7 @@ def against_flow_grpo(args):
 
 # -------------------------------------------------------------------------------------------- Main
 def main(argv=None):
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
+    silence_libraries()
     parser = ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for function in (memory, overhead, benchmark, against_flow_grpo, full_size):
