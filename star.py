@@ -572,8 +572,7 @@ class Trainer:
             for name, crc in json.loads((folder / "checksums.json").read_text()).items():
                 same = zlib.crc32((folder / name).read_bytes()) == crc
                 require(same, f"{folder}/{name} is damaged: its checksum is another")
-            for file in folder.glob("*.safetensors"):
-                stored |= load_file(file)
+                stored |= {} if name == "run.json" else load_file(folder / name)
             for name, tensor in self.tensors().items():
                 tensor.copy_(stored.pop(name))
             for name, tensor in stored.items():
@@ -719,8 +718,8 @@ def parse_arguments(argv=None):
     enough = len(task.prompts) >= args.prompts_per_iteration and task.heldout_prompts
     require(enough, f"{few} for --prompts-per-iteration {args.prompts_per_iteration}")
     require(pipe.tokenizer_3 or not args.t5, f"--model {args.model} has no T5; use --no-t5")
+    spans = tasks.core_spans(task, task.prompts)
     if args.allocation != "uniform":
-        spans = tasks.core_spans(task, task.prompts)
         core = core_tokens_of(pipe, task.prompts, spans, args.max_sequence_length).any(1).tolist()
         lost = f"{core.count(0)} of {len(core)} prompts have no core words within the token limit"
         require(2 * sum(core) >= len(core), f"{lost}; change them or use --allocation uniform")
