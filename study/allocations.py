@@ -349,6 +349,7 @@ def evaluations(folder, report=None):
     with naming(f"run {folder}" + f", --report {report}" * bool(report)):
         lines = map(json.loads, Path(folder, "metrics.jsonl").read_text().splitlines())
         lines = [line for line in lines if "heldout_reward" in line]
+        require(len(lines) > 1, f"run {folder} has {len(lines)} evaluations; two are needed")
         for line in lines if report else ():
             line["heldout_reward"] = line["report"][report]
         return lines
