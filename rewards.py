@@ -60,7 +60,7 @@ def naming(subject):
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # the libraries raise many kinds
-        text = f"{error} is missing" if isinstance(error, KeyError) else error
+        text = f"{error} is missing" if isinstance(error, KeyError) else str(error) or "it fails"
         raise UserError(f"{subject}: {one_line(text)} ({type(error).__name__})") from error
 
 
@@ -115,7 +115,7 @@ def load_judge(kind, name, device):
 
 def load_model(kind, name, subfolder="", **options):
     """A model of class `kind`, all of whose weights come from the file and are finite."""
-    where = f"the model {name} {subfolder}".strip()
+    where = f"{kind.__name__} {name} {subfolder}".strip()
     options |= dict(use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True)
     with naming(f"{where} (only weights in safetensors format are read)"):
         # the libraries only warn of weights that do not fit, and make random ones
@@ -126,8 +126,8 @@ def load_model(kind, name, subfolder="", **options):
         wrong += [name for name, weight in weights if not weight.isfinite().all()]
     # poolers are never used, and some files have buffers
     wrong = [name for name in wrong if not re.search("pooler|position_i|attn_mask|inv_freq", name)]
-    fault = f"{len(wrong)} weights are missing, unknown, of another shape or not finite"
-    require(not wrong, f"{where}: {fault}, such as {', '.join(wrong[:3])}")
+    fault = f"{len(wrong)} of its weights are missing, unknown, of another shape or not finite"
+    require(not wrong, f"{where}: {fault}: {', '.join(wrong[:3])}")
     return model
 
 
@@ -199,7 +199,7 @@ def core_spans(task, prompts):
 def read_records(file):
     """("FILE, line NUMBER", record with a prompt) of every line that is not blank. A line is a
     prompt or, if the file is named or begins like JSON, an object."""
-    require(os.path.isfile(file), f"prompt file {file}: there is no file that can be read twice")
+    require(os.path.isfile(file), f"prompt file {file} does not exist, or cannot be read twice")
     with naming(f"prompt file {file}"):
         lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
     lines = [(f"{file}, line {n}", line.strip()) for n, line in enumerate(lines, 1) if line.strip()]
@@ -228,8 +228,9 @@ class Task:
     def __init__(self, prompts=None, heldout_prompts=None, model=None, full_size=False):
         own = self.real_models if full_size else [str(TINY / name) for name in self.own_models]
         self.models, most = str(model).split(",") if model else own, len(self.real_models)
-        takes = f"{type(self).__name__} takes {len(own)} to {most} models"
-        require(len(own) <= len(self.models) <= most, f"--reward-model {model}: {takes}")
+        takes = f"{type(self).__name__} takes {len(own)}" + f" or {most}" * (most > len(own))
+        fit = f"--reward-model {model}: {takes} models; semicolons separate those of tasks"
+        require(len(own) <= len(self.models) <= most, fit)
         kind = "real_" * self.for_real_images(full_size)
         own = [str(TINY / "prompts" / (kind + name)) for name in self.own_prompts]
         self.files = [prompts or own[0], heldout_prompts or own[1]]
@@ -431,7 +432,7 @@ class GenEval(Task):
     def read(self, file):
         known = {"tag", "include", "exclude", "prompt"}
         for where, record in read_records(file):
-            wanted = f"{where} must have a tag and lists of clauses, include and perhaps exclude"
+            wanted = f"{where}: geneval needs a tag, and lists of clauses: include, maybe exclude"
             with naming(wrong := f"{wanted}, not {one_line(record)}"):
                 include, exclude = record["include"], record.get("exclude", [])
                 good = record.keys() <= known and isinstance(record["tag"], str) and include
@@ -452,7 +453,7 @@ class GenEval(Task):
             require(field in known, f"{where}: a clause has no field {field} here")
             value, values = clause.get(field), known[field]
             good = repr(value) in map(repr, values)  # True and 1.0 are not 1
-            require(good, f"{where}: {field} {value} must be one of {one_line([*values])}")
+            require(good, f"{where}: {field} {value!r} must be one of {one_line([*values])}")
 
     def core_spans(self, prompt):
         """The object, colour, number and position words of the prompt's metadata."""
@@ -590,8 +591,7 @@ class Mixture(Task):
 
     def reward(self, images, prompts):
         self.parts = [scores(task, images, prompts) for task in self.tasks]
-        parts = zip(self.weights, self.tasks, self.parts)
-        return sum(weight * part / task.scale for weight, task, part in parts)
+        return sum(w * x / task.scale for w, x, task in zip(self.weights, self.parts, self.tasks))
 
     def report(self, images, prompts):
         return {type(task).__name__: part.mean() for task, part in zip(self.tasks, self.parts)}

@@ -431,9 +431,9 @@ class Trainer:
     def score(self, prompts, batches):
         """The reward of each image: [N, G]."""
         images = [image for batch in batches for image in decode(self.pipe, batch.latents[:, -1])]
-        prompts = [prompt for prompt in prompts for _ in range(self.args.group_size)]
-        rewards = tasks.scores(self.task, images, prompts, self.args.device)
-        return rewards.view(-1, self.args.group_size)
+        G = self.args.group_size
+        prompts = [prompt for prompt in prompts for _ in range(G)]
+        return tasks.scores(self.task, images, prompts, self.args.device).view(-1, G)
 
     def allocation(self, batch):
         """How the advantage of each image is allocated: weights [B, S, H, W]."""
@@ -667,10 +667,9 @@ LOW_MEMORY = dict(batch_size=1, gradient_checkpointing=True, optimizer="adafacto
 
 def parse_arguments(argv=None):
     """The arguments and the task, checked before anything heavy is loaded."""
-    parser = argparse.ArgumentParser(
-        usage="python star.py --task ocr [--option ...]",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    style = argparse.ArgumentDefaultsHelpFormatter
+    usage = "python star.py --task ocr [--option ...]"
+    parser = argparse.ArgumentParser(usage=usage, formatter_class=style)
     for each in fields(Arguments):
         options = dict(type=each.type)
         if each.type is bool:
@@ -696,8 +695,8 @@ def parse_arguments(argv=None):
     args = Arguments(**vars(parser.parse_args(argv)))
     for name, value in asdict(args).items():
         if type(value) in (int, float):  # a bool is neither
-            least = int(type(value) is int)
-            low, high = re.findall(r"\((\S+) to (\S+)\)", HELP[name] + f"({least} to 1000000)")[0]
+            bounds = HELP[name] + f"({int(type(value) is int)} to 1000000)"
+            low, high = re.findall(r"\((\S+) to (\S+)\)", bounds)[0]
             wanted = f"--{name.replace('_', '-')} is {value}; use a number from {low} to {high}"
             require(float(low) <= value <= float(high), wanted)
     require(GPU or args.device == "cpu", "--device is cuda, but there is no GPU; use cpu")
@@ -739,7 +738,7 @@ def open_pipeline(name):
             found, wanted = (index.get(part) or [None])[-1], KINDS[part].__name__
             absent += [part] * (part in WITHOUT_T5 and not found)
             same = f"{found}".removesuffix("Fast") == wanted.removesuffix("Fast") or part in absent
-            require(same, f"{model}: its {part} is a {found}, but must be a {wanted}")
+            require(same, f"{model}: its {part} is {found}, but must be {wanted}")
         pipe = Pipeline.from_pretrained(name, **dict.fromkeys([*WEIGHTS, *absent]))
         tasks.check_tokenizers(model, 10**6, pipe.tokenizer, pipe.tokenizer_2, pipe.tokenizer_3)
         pipe.scheduler.set_timesteps(10)
@@ -760,7 +759,7 @@ def open_folder(args, settings):
         newest = checkpoints(folder)[-1:]
         held = newest or (folder / "metrics.jsonl").exists()
         require(args.resume or not held, f"{folder} holds a run: use --resume or another --out")
-        require(newest or not args.resume, f"{folder} holds no checkpoint to --resume from")
+        require(newest or not args.resume, f"{folder} holds no checkpoint: use another --out")
         for path in newest:
             with naming(path):
                 old = json.loads((path / "run.json").read_text())["settings"]
@@ -768,20 +767,20 @@ def open_folder(args, settings):
             changed = {name: old.get(name) for name in kept if old.get(name) != settings[name]}
             require(not changed, f"{folder} was run with other settings: {changed}")
         folder.mkdir(parents=True, exist_ok=True)
-        for partial in [*folder.glob(tasks.PARTIALS), *folder.glob(f"checkpoint/{tasks.PARTIALS}")]:
-            shutil.rmtree(partial)
+        partial = [*folder.glob(tasks.PARTIALS), *folder.glob(f"checkpoint/{tasks.PARTIALS}")]
+        for left in partial + checkpoints(folder)[:-1]:  # by a run that was killed
+            shutil.rmtree(left)
         tempfile.TemporaryFile(dir=folder).close()
         return folder, newest
 
 
 def checkpoints(folder):
     """The checkpoints of a run, checkpoint/ITERATION, the newest last."""
-    paths = (folder / "checkpoint").glob("*")
-    return sorted((path for path in paths if path.name.isdigit()), key=lambda path: int(path.name))
+    paths = [path for path in folder.glob("checkpoint/*") if path.name.isdigit()]
+    return sorted(paths, key=lambda path: int(path.name))
 
 
 def draw_samples(images, rewards, prompts, side=144):
-    """The first eight images with their rewards and prompts."""
     tiles, font = [], ImageFont.load_default(12)
     for image, reward, prompt in zip(images[:8], rewards, prompts):
         tiles.append(ImageOps.expand(image.resize((side, side), Image.BOX), (6, 6, 6, 78), "white"))
@@ -824,10 +823,12 @@ def main(argv=None):
     try:
         args, task = parse_arguments(argv)
         settings = asdict(args) | {"checksum of prompts and model": task.checksum}
-        folder, newest = open_folder(args, settings)
+        out, newest = open_folder(args, settings)
         trainer = Trainer(args, task)
-        print(f"{args.model}, task {args.task}, {args.device} -> {folder}")
-        train(trainer, settings, trainer.load(*newest) if newest else [], folder)
+        history = trainer.load(*newest) if newest else []
+        print(f"{args.model}, task {args.task}, {args.device} -> {out}")
+        folder = out  # from here on it can be resumed
+        train(trainer, settings, history, folder)
     except (torch.OutOfMemoryError, KeyboardInterrupt, UserError) as error:
         memory = "out of GPU memory; try --low-memory, --no-t5 or a smaller --batch-size"
         said = memory if isinstance(error, torch.OutOfMemoryError) else error

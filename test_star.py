@@ -479,7 +479,8 @@ def start_process(function, *args):
     Path-replace        | checkpoint | 1 | after
     Path-replace        | checkpoint | 3 | before
     Path-replace        | checkpoint | 3 | after
-    star.shutil-rmtree  | checkpoint | 3 | before
+    star.shutil-rmtree  | checkpoint/1 | 1 | before
+    star.shutil-rmtree  | checkpoint/2 | 1 | before
     Path-write_text     | "images"   | 4 | after
     Path-replace        | pipeline   | 1 | before
     Path-replace        | pipeline   | 1 | after

@@ -25,7 +25,7 @@ EARLY = """
     --task IN/exits.py:Reward | exits.py calls sys.exit(0)
     --task ocr:0,pickscore:0; --task ocr:-1,pickscore:2 | weights must be 0 or more and their sum
     --task pickscore,ocr | has no text between straight double quotes
-    --task ocr,geneval | ocr.txt, line 1 must have a tag and lists of clauses
+    --task ocr,geneval | ocr.txt, line 1: geneval needs a tag, and lists of
     --task IN/mine.py:Pair; --task IN/mine.py:Gone; --task IN/mine.py:Number | must return (start
     --task IN/mine.py:Beyond; --task IN/mine.py:Backwards | (start, end) pairs inside of the prompt
     --task IN/mine.py:Unheld | training and 0 held-out prompts: too few
@@ -38,11 +38,12 @@ EARLY = """
     --stochastic-range often | --stochastic-range often must be FIRST-LAST
     --height 30 | --height is 30; this model takes multiples of 4 up to 32
     --reward-model tiny/ocr;tiny/clip | is for 2 tasks
-    --task ocr,pickscore --reward-model tiny/ocr,no/model | OCR takes 1 to 1 models
+    --task ocr,pickscore --reward-model tiny/ocr,no/model | OCR takes 1 models; semi
     --task signs --reward-model tiny/ocr; --reward-model tiny/ocr, | models
-    --task pickscore --reward-model tiny/clip,tiny/clip,tiny/clip | PickScore takes 1 to 2 models
-    --prompts nowhere.txt; --prompts tiny; --prompts IN/pipe; --prompts LONG | can be read twice
-    --prompts /dev/fd/0; --heldout-prompts /dev/null | can be read twice
+    --task pickscore --reward-model tiny/clip,tiny/clip,tiny/clip | PickScore takes 1 or 2 models
+    --prompts nowhere.txt; --prompts tiny; --prompts IN/pipe | does not exist, or cannot be read
+    --prompts LONG | does not exist, or cannot be read twice
+    --prompts /dev/fd/0; --heldout-prompts /dev/null | does not exist, or cannot be read twice
     --heldout-prompts IN/latin.txt | prompt file
     --prompts IN/empty.txt | empty.txt is empty; it needs one prompt per line
     --prompts IN/unquoted.txt | line 3 has no text between straight double quotes: a ball
@@ -50,11 +51,11 @@ EARLY = """
     --prompts-per-iteration 9999 --batch-size 9999 | held-out prompts: too few
     --task geneval --prompts IN/unquoted.txt | line 1
     --task geneval --prompts IN/two.jsonl | line 2: another record has this prompt
-    --task geneval --reward-model tiny/detector | GenEval takes 2 to 2 models
+    --task geneval --reward-model tiny/detector | GenEval takes 2 models; semi
     --task geneval --reward-model no/detector,tiny/clip | reward model no/detector
     --task geneval --reward-model tiny/clip,tiny/clip | must be one of ['LABEL_0', 'LABEL_1']
     --prompts IN/long.txt | 2 of 3 prompts have no core words within the token limit; change them
-    --resume; --out IN/lost --resume; --out IN/dangling --resume | holds no checkpoint to --resume
+    --resume; --out IN/lost --resume; --out IN/dangling --resume | no checkpoint: use another --out
     --out IN/run; --out IN/lost | holds a run: use --resume or another --out
     --out IN/run --resume --lam 0.5 | was run with other settings: {'lam': 1.0}
     --out IN/run --resume --prompts IN/other.txt | other settings: {'checksum of prompts and model'
@@ -68,9 +69,9 @@ LATE = """
     --out IN/part --resume | checkpoint/3: [Errno 2] No such file or directory
     --out IN/flipped --resume | flipped/checkpoint/3/200.safetensors is damaged
     --out IN/edited --resume | edited/checkpoint/3/run.json is damaged
-    --reward-model tiny/clip | the model tiny/clip
+    --reward-model tiny/clip | AutoModelForImageTextToText tiny/clip
     --reward-model IN/cut; --reward-model IN/unsafe; --model IN/unsafe | (only weights in safetens
-    --task pickscore --reward-model tiny/ocr | tiny/ocr
+    --task pickscore --reward-model tiny/ocr | CLIPModel tiny/ocr
     --task pickscore --reward-model tiny/clip,IN/wordless | a tokenizer lacks files
     --task pickscore --reward-model IN/wordless | a tokenizer lacks files
     --task pickscore --reward-model tiny/clip,tiny/ocr | reward models tiny/clip
@@ -89,18 +90,18 @@ BROKEN = """
     position | [["near", 0], ["above", 1], ["above", -1]] | must be one of [['left of', 0],
     position | ["above", ["above", true], ["above"]] | must be one of [['left of', 0],
     colour   | ["red"]                         | a clause has no field colour here
-    include  | [[], null, {}, "ball", [3]]     | must have a tag and lists of clauses
-    exclude  | [{}, null, "ball"]              | must have a tag and lists of clauses
+    include  | [[], null, {}, "ball", [3]]     | geneval needs a tag, and lists of clauses
+    exclude  | [{}, null, "ball"]              | geneval needs a tag, and lists of clauses
     exclude  | [[{"class": "ball"}]]           | count None must be one of
     exclude  | [[{"class": "ball", "count": 2, "color": "red"}]] | a clause has no field color here
-    excludes | [[]]                            | must have a tag and lists of clauses
-    tag      | [null, 5]                       | must have a tag and lists of clauses
+    excludes | [[]]                            | geneval needs a tag, and lists of clauses
+    tag      | [null, 5]                       | geneval needs a tag, and lists of clauses
     prompt   | ["", " ", null, 5]              | must be a JSON object with a prompt
 """
 EARLY = [[each, says] for many, says in rows(EARLY) for each in many.split("; ")]
 EARLY += [[f"--{each.strip()}", f"--{each.split()[0]} is "] for each in RANGES.split(",")]
 BROKEN = [[f, v, said] for f, values, said in rows(BROKEN) for v in json.loads(values)]
-BROKEN = [[field, value, said.replace("VALUE", str(value))] for field, value, said in BROKEN]
+BROKEN = [[field, value, said.replace("VALUE", repr(value))] for field, value, said in BROKEN]
 EARLY += [[f"--task geneval --prompts IN/{i}.jsonl", says] for i, (_, _, says) in enumerate(BROKEN)]
 EARLY += [["--device cuda", "but there is no GPU"]] * (not torch.cuda.is_available())
 LATE = [[each, says] for many, says in rows(LATE) for each in many.split("; ")]
@@ -228,19 +229,19 @@ def test_weights_that_do_not_fit(task, source, part, weight, fault, tmp_path):
     option = "--model" if source == "sd3" else "--reward-model"
     models = f"{folder},tiny/clip" if source == "detector" else f"{folder}"
     name = "extra" if fault == "more" else weight
-    with says(f"weights are missing, unknown, of another shape or not finite, such as {name}"):
+    with says(f"weights are missing, unknown, of another shape or not finite: {name}"):
         run(tmp_path / "run", "--task", task, option, models)
 
 
 @cases("""
     file        | fields                                          | said
-    model_index | {"scheduler": ["diffusers", "DDIMScheduler"]}   | its scheduler is a DDIMScheduler
-    model_index | {"scheduler": ["diffusers", "UniPCMultistepScheduler"]} | its scheduler is a UniP
-    model_index | {"transformer": ["diffusers", "FluxTransformer2DModel"]} | its transformer is a Fl
-    model_index | {"tokenizer": ["transformers", "BertTokenizer"]} | but must be a CLIPTokenizer
-    model_index | {"vae": ["diffusers", "AutoencoderTiny"]}       | but must be a AutoencoderKL
-    model_index | {"vae": null}                                   | its vae is a None
-    model_index | {"text_encoder_2": [null, null]}                | its text_encoder_2 is a None
+    model_index | {"scheduler": ["diffusers", "DDIMScheduler"]}   | its scheduler is DDIMScheduler
+    model_index | {"scheduler": ["diffusers", "UniPCMultistepScheduler"]} | its scheduler is UniP
+    model_index | {"transformer": ["diffusers", "FluxTransformer2DModel"]} | its transformer is Flu
+    model_index | {"tokenizer": ["transformers", "BertTokenizer"]} | but must be CLIPTokenizer
+    model_index | {"vae": ["diffusers", "AutoencoderTiny"]}       | but must be AutoencoderKL
+    model_index | {"vae": null}                                   | its vae is None
+    model_index | {"text_encoder_2": [null, null]}                | its text_encoder_2 is None
     model_index | {"text_encoder_3": [null, null], "tokenizer_3": [null, null]} | use --no-t5
     scheduler/scheduler_config | {"use_dynamic_shifting": true}   | --model
     scheduler/scheduler_config | {"shift": 0}                     | sigmas do not fall from 1: [nan
