@@ -237,7 +237,7 @@ def core_tokens_of(pipeline, prompts, spans, max_sequence_length):
     lengths = pipeline.tokenizer.model_max_length, max_sequence_length
     for tokenizer, length in zip((pipeline.tokenizer, pipeline.tokenizer_3), lengths):  # CLIP, T5
         offsets.append(torch.zeros(len(prompts), length, 2))
-        if tokenizer is not None:
+        if tokenizer:
             encoded = tokenizer(prompts, max_length=length, **options)
             offsets[-1] = torch.tensor(encoded["offset_mapping"])
     starts, ends = torch.cat(offsets, dim=1).unbind(-1)  # [B, L]
@@ -724,8 +724,8 @@ def parse_arguments(argv=None):
         require(2 * sum(core) >= len(core), f"{lost}; change them or use --allocation uniform")
         if not all(core):
             print(f"{lost}: these train as with --allocation uniform")
-    contents = json.dumps([task.prompts, task.heldout_prompts, config, vae])
-    task.checksum = zlib.crc32(contents.encode())
+    contents = task.prompts, task.heldout_prompts, config, vae
+    task.checksum = zlib.crc32(json.dumps(contents).encode())
     return args, task
 
 
@@ -802,7 +802,7 @@ def train(trainer, settings, history, folder):
             metrics, images, rewards = trainer.evaluate(heldout)
             history[-1] |= metrics
             write(folder / f"samples-{iteration}.png", draw_samples(images, rewards, heldout).save)
-            best = max(history[::-1], key=lambda line: line.get("heldout_reward", -math.inf))
+            best = max(history[::-1], key=lambda line: line.get("heldout_reward", -1e9))
             if best is history[-1]:
                 write(folder / "pipeline", trainer.save_pipeline)
             report = {"held-out reward": metrics["heldout_reward"]} | metrics["report"]
@@ -840,7 +840,7 @@ def main(argv=None):
 def stop(*signal_and_frame):
     """End as Ctrl-C does, but only once: a second signal must not interrupt the end."""
     for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)
+        signal.signal(each, lambda *_: None)
     raise KeyboardInterrupt("interrupted")
 
 
