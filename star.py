@@ -839,12 +839,11 @@ def main(argv=None):
 
 def stop(*signal_and_frame):
     """End as Ctrl-C does, but only once: a second signal must not interrupt the end."""
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, lambda *_: None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise KeyboardInterrupt("interrupted")
 
 
 if __name__ == "__main__":
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, stop)
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     main()
