@@ -187,11 +187,12 @@ def evaluate(task, images, prompts, device):
 
 def core_spans(task, prompts):
     """The (start, end) characters of the core words of each prompt."""
-    spans = [task.core_spans(prompt) for prompt in prompts]
-    wanted = f"core_spans of {type(task).__name__} must return (start, end) pairs"
-    for prompt, each in zip(prompts, spans):
-        with naming(wrong := f"{wanted} inside of the prompt, not {each}: {prompt}"):
-            require(all(0 <= start < end <= len(prompt) for start, end in each), wrong)
+    spans, wanted = [], f"core_spans of {type(task).__name__} must return (start, end) pairs"
+    for prompt in prompts:
+        found = task.core_spans(prompt)
+        with naming(wrong := f"{wanted} inside of the prompt, not {found}: {prompt}"):
+            spans.append([(start, end) for start, end in found])
+            require(all(0 <= start < end <= len(prompt) for start, end in spans[-1]), wrong)
     return spans
 
 
@@ -227,10 +228,10 @@ class Task:
 
     def __init__(self, prompts=None, heldout_prompts=None, model=None, full_size=False):
         own = self.real_models if full_size else [str(TINY / name) for name in self.own_models]
-        self.models, most = str(model).split(",") if model else own, len(self.real_models)
-        takes = f"{type(self).__name__} takes {len(own)}" + f" or {most}" * (most > len(own))
-        fit = f"--reward-model {model}: {takes} models; semicolons separate those of tasks"
-        require(len(own) <= len(self.models) <= most, fit)
+        self.models = str(model).split(",") if model else own
+        numbers = sorted({len(own), max(len(own), len(self.real_models))})
+        takes = f"{type(self).__name__} takes {numbers} models; semicolons separate those of tasks"
+        require(len(self.models) in numbers, f"--reward-model {model}: {takes}")
         kind = "real_" * self.for_real_images(full_size)
         own = [str(TINY / "prompts" / (kind + name)) for name in self.own_prompts]
         self.files = [prompts or own[0], heldout_prompts or own[1]]
@@ -424,8 +425,7 @@ class GenEval(Task):
 
     def for_real_images(self, full_size):
         labels = list(load_part(transformers.AutoConfig, self.models[0]).id2label.values())
-        # COCO detectors differ in spelling, not in order
-        self.labels = COCO if len(labels) == len(COCO) else labels
+        self.labels = COCO if len(labels) == len(COCO) else labels  # they differ in spelling only
         self.metadata = {}  # of each prompt, its record in the benchmark's format
         return self.labels is COCO
 

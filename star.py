@@ -29,7 +29,6 @@ import re
 import shutil
 import signal
 import sys
-import tempfile
 import textwrap
 import zlib
 from collections import defaultdict
@@ -42,7 +41,7 @@ import diffusers
 import torch
 import torch.nn.functional as F
 from diffusers.utils import make_image_grid
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -352,7 +351,8 @@ def load_pipeline(name, t5=True, device="cpu", frozen=torch.float32):
     """The pipeline, with or without T5. Its text encoders have the dtype `frozen`."""
     dtypes = dict.fromkeys(WEIGHTS, frozen) | dict.fromkeys(WEIGHTS[:2], torch.float32)
     parts = {part: load_part(name, part, device, dtypes[part]) for part in WEIGHTS[: 4 + t5]}
-    return Pipeline.from_pretrained(name, **({} if t5 else WITHOUT_T5) | parts)
+    with naming(f"--model {name}"):
+        return Pipeline.from_pretrained(name, **({} if t5 else WITHOUT_T5) | parts)
 
 
 @torch.no_grad()
@@ -369,7 +369,9 @@ def encode(pipe, prompts, length):
 def decode(pipe, latents):
     """Latents [B, C, H, W] -> B PIL images."""
     latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
-    return pipe.image_processor.postprocess(pipe.vae.decode(latents).sample.float())
+    images = pipe.vae.decode(latents).sample.float()
+    require(images.isfinite().all(), "images are not finite: lower --learning-rate or mend --model")
+    return pipe.image_processor.postprocess(images)
 
 
 @torch.no_grad()
@@ -479,7 +481,7 @@ class Trainer:
     def __init__(self, args, task):
         self.args, self.task = args, task
         home = "cpu" if args.offload else args.device  # of what is not trained
-        for each in (task, *task.monitors):
+        for each in task, *task.monitors:
             tasks.load(each, args.device, home)
         frozen = torch.bfloat16 if args.bfloat16 else torch.float32
         self.pipe = pipe = load_pipeline(args.model, args.t5, home, frozen)
@@ -496,19 +498,17 @@ class Trainer:
         if args.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
         side = (args.height or 0) // pipe.vae_scale_factor or pipe.default_sample_size
-        self.shape = (self.transformer.config.in_channels, side, side)
+        self.shape = self.transformer.config.in_channels, side, side
         # without its cache (False), which would keep bfloat16 copies of the weights
         self.autocast = torch.autocast(args.device, torch.bfloat16, args.bfloat16, False)
         with naming(f"--model {args.model}: its parts do not fit together"):
             self.empty_prompt = encode(pipe, [""], args.max_sequence_length)
             self.generate(task.prompts[:1])
-        if args.compile and any(map(shutil.which, ("gcc", "clang", "cl"))):
+        if args.compile and any(map(shutil.which, ("gcc", "clang"))):
             torch._dynamo.config.skip_nnmodule_hook_guards = False  # see AttentionAllocator
             torch._dynamo.config.cache_size_limit = 64  # with and without hooks, gradients, ...
             for block in self.transformer.transformer_blocks:
                 block.compile()
-        elif args.compile:
-            print("--compile is left out, since there is no C compiler")
         kind, options = torch.optim.AdamW, dict(fused=args.device == "cuda")
         if args.optimizer == "adafactor":  # 1e-18: small gradients count; 1: steps like AdamW's
             kind, options = torch.optim.Adafactor, dict(eps=(1e-18, 1.0))
@@ -632,7 +632,7 @@ class Arguments:  # comments are the text of --help; (LOW to HIGH) in them is ch
     device: Literal["cpu", "cuda"] = "cuda" if GPU else "cpu"  # device
     bfloat16: bool = GPU  # bfloat16; the trained weights stay float32
     gradient_checkpointing: bool = False  # recompute activations: less memory, more time
-    compile: bool = False  # compile the transformer's blocks: faster, but slow to start
+    compile: bool = False  # compile the blocks, if there is a C compiler: faster, slow to start
     offload: bool = False  # move frozen models and the EMA to the GPU only for their use
     low_memory: bool = False  # other defaults for a small GPU (LOW_MEMORY)
 
@@ -679,10 +679,7 @@ def parse_arguments(argv=None):
         options |= dict(default=each.default, help=HELP[each.name])
         parser.add_argument(f"--{each.name.replace('_', '-')}", **options)
     args = parser.parse_args(argv)
-    pipe, config, vae = open_pipeline(args.model)
-    unit = config["patch_size"] * 2 ** (len(vae["block_out_channels"]) - 1)  # pixels per token
-    heights = range(unit, config["pos_embed_max_size"] * unit + 1, unit)
-    full_size = config["sample_size"] >= 64
+    pipe, full_size, heights, configs = open_pipeline(args.model)
     name = re.split("[:,]", args.task)[0]
     defaults = MINIATURE.get(name, OTHER)
     if full_size:
@@ -699,7 +696,6 @@ def parse_arguments(argv=None):
             low, high = re.findall(r"\((\S+) to (\S+)\)", bounds)[0]
             wanted = f"--{name.replace('_', '-')} is {value}; use a number from {low} to {high}"
             require(float(low) <= value <= float(high), wanted)
-    require(GPU or args.device == "cpu", "--device is cuda, but there is no GPU; use cpu")
     images = args.prompts_per_iteration * args.group_size
     update = args.batch_size * args.updates_per_iteration
     bad = f"{images} images (--prompts-per-iteration x --group-size), not a multiple of {update}"
@@ -711,7 +707,7 @@ def parse_arguments(argv=None):
     require(inside, f"{window} and hold --stochastic-steps {args.stochastic_steps}")
     sizes = f"this model takes multiples of {heights.step} up to {heights[-1]}"
     require(args.height in (None, *heights), f"--height is {args.height}; {sizes}")
-    files = (args.prompts, args.heldout_prompts)
+    files = args.prompts, args.heldout_prompts
     task = tasks.make_task(args.task, *files, args.reward_model, full_size, args.monitor)
     few = f"{len(task.prompts)} training and {len(task.heldout_prompts)} held-out prompts: too few"
     enough = len(task.prompts) >= args.prompts_per_iteration and task.heldout_prompts
@@ -719,32 +715,37 @@ def parse_arguments(argv=None):
     require(pipe.tokenizer_3 or not args.t5, f"--model {args.model} has no T5; use --no-t5")
     spans = tasks.core_spans(task, task.prompts)
     if args.allocation != "uniform":
-        core = core_tokens_of(pipe, task.prompts, spans, args.max_sequence_length).any(1).tolist()
+        with naming(f"--model {args.model}: a tokenizer fails"):
+            core = core_tokens_of(pipe, task.prompts, spans, args.max_sequence_length)
+        core = core.any(1).tolist()
         lost = f"{core.count(0)} of {len(core)} prompts have no core words within the token limit"
         require(2 * sum(core) >= len(core), f"{lost}; change them or use --allocation uniform")
         if not all(core):
             print(f"{lost}: these train as with --allocation uniform")
-    contents = task.prompts, task.heldout_prompts, config, vae
+    contents = task.prompts, task.heldout_prompts, configs, inspect.getsource(type(task))
     task.checksum = zlib.crc32(json.dumps(contents).encode())
     return args, task
 
 
 def open_pipeline(name):
-    """(pipeline without weights, transformer's and VAE's configuration), if it can be trained."""
+    """(pipeline without weights, is it full-size?, heights in pixels, configurations)."""
     model = f"--model {name}"
     with naming(f"{model} (a gated model needs `hf auth login`)"):
         index, absent = Pipeline.load_config(name), []
-        for part in (*WEIGHTS, "scheduler", "tokenizer", "tokenizer_2", "tokenizer_3"):
+        for part in *WEIGHTS, "scheduler", "tokenizer", "tokenizer_2", "tokenizer_3":
             found, wanted = (index.get(part) or [None])[-1], KINDS[part].__name__
             absent += [part] * (part in WITHOUT_T5 and not found)
-            same = f"{found}".removesuffix("Fast") == wanted.removesuffix("Fast") or part in absent
+            same = f"{found}".startswith(wanted) or part in absent  # tokenizers may end with Fast
             require(same, f"{model}: its {part} is {found}, but must be {wanted}")
         pipe = Pipeline.from_pretrained(name, **dict.fromkeys([*WEIGHTS, *absent]))
         tasks.check_tokenizers(model, 10**6, pipe.tokenizer, pipe.tokenizer_2, pipe.tokenizer_3)
         pipe.scheduler.set_timesteps(10)
         sigmas, wrong = pipe.scheduler.sigmas, f"{model}: its scheduler's sigmas do not fall from 1"
         require(sigmas[0] == 1 and (sigmas.diff() < 0).all(), f"{wrong}: {sigmas.tolist()}")
-        return pipe, *(KINDS[part].load_config(name, subfolder=part) for part in WEIGHTS[:2])
+        config, vae = (KINDS[part].load_config(name, subfolder=part) for part in WEIGHTS[:2])
+        unit = config["patch_size"] * 2 ** (len(vae["block_out_channels"]) - 1)  # pixels per token
+        heights = range(unit, config["pos_embed_max_size"] * unit + 1, unit)
+        return pipe, config["sample_size"] >= 64, heights, (config, vae, pipe.scheduler.config)
 
 
 MAY_CHANGE = """resume out iterations device compile offload gradient_checkpointing
@@ -757,7 +758,7 @@ def open_folder(args, settings):
     folder = Path(args.out or f"runs/{name}")
     with naming(f"--out {folder}"):  # fails now rather than after minutes of loading
         newest = checkpoints(folder)[-1:]
-        held = newest or (folder / "metrics.jsonl").exists()
+        held = newest or [*folder.glob("metrics.jsonl"), *folder.glob("pipeline")]
         require(args.resume or not held, f"{folder} holds a run: use --resume or another --out")
         require(newest or not args.resume, f"{folder} holds no checkpoint: use another --out")
         for path in newest:
@@ -766,11 +767,10 @@ def open_folder(args, settings):
             kept = settings.keys() - MAY_CHANGE
             changed = {name: old.get(name) for name in kept if old.get(name) != settings[name]}
             require(not changed, f"{folder} was run with other settings: {changed}")
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
         partial = [*folder.glob(tasks.PARTIALS), *folder.glob(f"checkpoint/{tasks.PARTIALS}")]
         for left in partial + checkpoints(folder)[:-1]:  # by a run that was killed
             shutil.rmtree(left)
-        tempfile.TemporaryFile(dir=folder).close()
         return folder, newest
 
 
@@ -781,11 +781,11 @@ def checkpoints(folder):
 
 
 def draw_samples(images, rewards, prompts, side=144):
-    tiles, font = [], ImageFont.load_default(12)
+    tiles = []
     for image, reward, prompt in zip(images[:8], rewards, prompts):
         tiles.append(ImageOps.expand(image.resize((side, side), Image.BOX), (6, 6, 6, 78), "white"))
         caption = textwrap.fill(f"{reward:.2f}: {prompt}", side // 6)
-        ImageDraw.Draw(tiles[-1]).multiline_text((6, side + 8), caption, "black", font)
+        ImageDraw.Draw(tiles[-1]).multiline_text((6, side + 8), caption, "black", font_size=12)
     return make_image_grid(tiles, 1, len(tiles))
 
 
@@ -822,11 +822,10 @@ def main(argv=None):
     folder = None
     try:
         args, task = parse_arguments(argv)
-        settings = asdict(args) | {"checksum of prompts and model": task.checksum}
+        settings = asdict(args) | {"checksum of prompts, model and task": task.checksum}
         out, newest = open_folder(args, settings)
         trainer = Trainer(args, task)
         history = trainer.load(*newest) if newest else []
-        print(f"{args.model}, task {args.task}, {args.device} -> {out}")
         folder = out  # from here on it can be resumed
         train(trainer, settings, history, folder)
     except (torch.OutOfMemoryError, KeyboardInterrupt, UserError) as error:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import rewards
 import star
 from test_star import PROMPTS, cases, change, clauses, finished, rows, run
 
@@ -38,9 +39,11 @@ EARLY = """
     --stochastic-range often | --stochastic-range often must be FIRST-LAST
     --height 30 | --height is 30; this model takes multiples of 4 up to 32
     --reward-model tiny/ocr;tiny/clip | is for 2 tasks
-    --task ocr,pickscore --reward-model tiny/ocr,no/model | OCR takes 1 models; semi
+    --task ocr,pickscore --reward-model tiny/ocr,no/model | OCR takes [1] models; semi
+    --out IN/full | holds a run: use --resume or another --out
+    --model IN/odd; --model IN/empty | --model
     --task signs --reward-model tiny/ocr; --reward-model tiny/ocr, | models
-    --task pickscore --reward-model tiny/clip,tiny/clip,tiny/clip | PickScore takes 1 or 2 models
+    --task pickscore --reward-model tiny/clip,tiny/clip,tiny/clip | PickScore takes [1, 2] models
     --prompts nowhere.txt; --prompts tiny; --prompts IN/pipe | does not exist, or cannot be read
     --prompts LONG | does not exist, or cannot be read twice
     --prompts /dev/fd/0; --heldout-prompts /dev/null | does not exist, or cannot be read twice
@@ -51,15 +54,15 @@ EARLY = """
     --prompts-per-iteration 9999 --batch-size 9999 | held-out prompts: too few
     --task geneval --prompts IN/unquoted.txt | line 1
     --task geneval --prompts IN/two.jsonl | line 2: another record has this prompt
-    --task geneval --reward-model tiny/detector | GenEval takes 2 models; semi
+    --task geneval --reward-model tiny/detector | GenEval takes [2] models; semi
     --task geneval --reward-model no/detector,tiny/clip | reward model no/detector
     --task geneval --reward-model tiny/clip,tiny/clip | must be one of ['LABEL_0', 'LABEL_1']
     --prompts IN/long.txt | 2 of 3 prompts have no core words within the token limit; change them
     --resume; --out IN/lost --resume; --out IN/dangling --resume | no checkpoint: use another --out
     --out IN/run; --out IN/lost | holds a run: use --resume or another --out
     --out IN/run --resume --lam 0.5 | was run with other settings: {'lam': 1.0}
-    --out IN/run --resume --prompts IN/other.txt | other settings: {'checksum of prompts and model'
-    --out IN/run --resume --model IN/similar | other settings: {'checksum of prompts and model'
+    --out IN/run --resume --prompts IN/other.txt | other settings: {'checksum of prompts
+    --out IN/run --resume --model IN/similar | other settings: {'checksum of prompts
     --out IN/damaged --resume | damaged/checkpoint/3: Expecting value
     --out IN/old --resume | old/checkpoint/3: 'settings' is missing (KeyError)
     --out IN/empty.txt/run; --out LONG | --out
@@ -69,6 +72,7 @@ LATE = """
     --out IN/part --resume | checkpoint/3: [Errno 2] No such file or directory
     --out IN/flipped --resume | flipped/checkpoint/3/200.safetensors is damaged
     --out IN/edited --resume | edited/checkpoint/3/run.json is damaged
+    --model IN/black | images are not finite: lower --learning-rate or mend --model
     --reward-model tiny/clip | AutoModelForImageTextToText tiny/clip
     --reward-model IN/cut; --reward-model IN/unsafe; --model IN/unsafe | (only weights in safetens
     --task pickscore --reward-model tiny/ocr | CLIPModel tiny/ocr
@@ -103,8 +107,8 @@ EARLY += [[f"--{each.strip()}", f"--{each.split()[0]} is "] for each in RANGES.s
 BROKEN = [[f, v, said] for f, values, said in rows(BROKEN) for v in json.loads(values)]
 BROKEN = [[field, value, said.replace("VALUE", repr(value))] for field, value, said in BROKEN]
 EARLY += [[f"--task geneval --prompts IN/{i}.jsonl", says] for i, (_, _, says) in enumerate(BROKEN)]
-EARLY += [["--device cuda", "but there is no GPU"]] * (not torch.cuda.is_available())
 LATE = [[each, says] for many, says in rows(LATE) for each in many.split("; ")]
+LATE += [["--device cuda", "reward models"]] * (not torch.cuda.is_available())
 MINE = """
 import rewards
 class NoReward(rewards.Task): pass
@@ -142,6 +146,8 @@ def inputs(finished, tmp_path_factory):
         "two.jsonl": json.dumps(ball) + "\n" + json.dumps(ball | dict(include=clauses("2 ball"))),
         "lost/metrics.jsonl": "",
         "dangling/metrics.jsonl": "",
+        "full/pipeline/mine": "",
+        "empty/model_index.json": "[]",
         "damaged/checkpoint/3/run.json": "",
         "old/checkpoint/3/run.json": "{}",
     }
@@ -164,16 +170,16 @@ def inputs(finished, tmp_path_factory):
         file.write(bytes(255 - byte for byte in file.read(1)))
     text = folder / "edited/checkpoint/3/run.json"
     text.write_text(text.read_text().replace('"images": 8', '"images": 9'))
-    copies = (
-        "clip wordless, ocr illiterate, clip larger, ocr cut, ocr unsafe, sd3 unsafe, sd3 similar"
-    )
-    for source, name in map(str.split, copies.split(",")):
+    copies = "clip wordless, clip larger, ocr illiterate, ocr cut, ocr unsafe, sd3 unsafe"
+    for source, name in map(str.split, f"{copies}, sd3 similar, sd3 odd, sd3 black".split(",")):
         shutil.copytree(f"tiny/{source}", folder / name, dirs_exist_ok=True)
     for name in ("wordless", "illiterate"):
         (folder / name / "tokenizer.json").unlink()
     file = folder / "larger/processor_config.json"
     file.write_text(file.read_text().replace("32", "48"))
     change(folder / "similar/vae/config.json", scaling_factor=0.9)
+    change(folder / "odd/vae/config.json", block_out_channels=None)
+    change(folder / "black/vae/config.json", scaling_factor=0.0)
     os.truncate(folder / "cut/model.safetensors", 99)
     for part in (".", "transformer", "text_encoder"):
         for file in (folder / "unsafe" / part).glob("*.safetensors"):
@@ -266,16 +272,32 @@ def test_models_that_cannot_be_trained(file, fields, said, tmp_path):
         change(folder / f"{file}.json", **json.loads(fields))
     with says(said):
         run(tmp_path / "run", "--model", str(folder))
-    assert not list(tmp_path.glob("run/*"))
+    assert not list(tmp_path.glob("run/*.*"))
 
 
 def test_files_in_the_way_stay(tmp_path):
     """A file in place of a folder and a folder in place of a file; the run goes on without them."""
+    run(tmp_path, "--iterations", "1")
+    shutil.rmtree(tmp_path / "pipeline")
     (tmp_path / "pipeline").write_text("mine")
     with says("/pipeline cannot be written"):
-        run(tmp_path)
+        run(tmp_path, "--resume")
     (tmp_path / "pipeline").unlink()
+    (tmp_path / "metrics.jsonl").unlink()
     (tmp_path / "metrics.jsonl/mine").mkdir(parents=True)
     with says("/metrics.jsonl cannot be written"):
         run(tmp_path, "--resume")
     assert (tmp_path / "metrics.jsonl/mine").exists() and (tmp_path / "pipeline").is_dir()
+
+
+def test_a_run_that_diverges_ends(tmp_path):
+    with says(
+        "images are not finite: lower --learning-rate or mend --model; --resume goes on from"
+    ):
+        run(tmp_path, "--weight-decay", "1000000", "--iterations", "9")
+
+
+def test_core_spans_may_be_an_iterator():
+    task = rewards.Task()
+    task.core_spans = lambda prompt: iter([(0, 3)])
+    assert rewards.core_spans(task, PROMPTS) == [[(0, 3)], [(0, 3)]]
