@@ -53,13 +53,13 @@ def silence_libraries():
 
 
 @contextmanager
-def naming(subject):
+def naming(subject, kinds=Exception):
     """The one place that turns errors of files and libraries into a sentence about `subject`."""
     try:
         yield
     except (UserError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # the libraries raise many kinds
+    except kinds as error:  # the libraries raise many
         text = f"{error} is missing" if isinstance(error, KeyError) else str(error) or "it fails"
         raise UserError(f"{subject}: {one_line(text)} ({type(error).__name__})") from error
 
@@ -151,10 +151,14 @@ def networks(*tasks):
     return [x for part in parts for x in vars(part).values() if isinstance(x, torch.nn.Module)]
 
 
+def exits(task):
+    return naming(f"task {type(task).__name__} ends the program", SystemExit)
+
+
 def load(task, device, home):
     """Load a task's models and try them: some may not fit together. Then they wait at home."""
     known = type(task) in TASKS.values()  # an exception of the user's own class keeps its traceback
-    with naming(f"reward models {', '.join(task.models)}") if known else nullcontext():
+    with exits(task), naming(f"reward models {task.models}") if known else nullcontext():
         task.load(device)
         if known:
             scores(task, [Image.new("RGB", (64, 64), "white")], task.prompts[:1])
@@ -165,7 +169,7 @@ def load(task, device, home):
 @torch.no_grad()
 def scores(task, images, prompts, device=None):
     """The rewards of a task as float32 [B] on the CPU. Its models move to the device, if given."""
-    with on_device(device, *networks(task)) if device else nullcontext():
+    with exits(task), on_device(device, *networks(task)) if device else nullcontext():
         values, name = task.reward(images, prompts), type(task).__name__
     wanted = f"the reward of {name} must be one finite number for each of {len(images)} images"
     with naming(wrong := f"{wanted}, not {one_line(values)}"):
@@ -176,7 +180,7 @@ def scores(task, images, prompts, device=None):
 
 def evaluate(task, images, prompts, device):
     """(rewards, report) of images; the report includes what monitors say."""
-    with on_device(device, *networks(task)), torch.no_grad():
+    with exits(task), on_device(device, *networks(task)), torch.no_grad():
         rewards, found = scores(task, images, prompts), task.report(images, prompts)
     with naming(f"the report of {type(task).__name__} must be a dict of numbers, not {found}"):
         report = {name: float(value) for name, value in found.items()}
@@ -350,7 +354,6 @@ Detection = namedtuple("Detection", "confidence box mask", defaults=[None])
 
 def relations(box, other):
     """The benchmark's relations of `box` to `other`, from their centres' offset, as a set.
-
     Along each axis the offset is shortened by a tenth of the summed box sizes, then divided by the
     length of the whole offset. A relation holds where the result exceeds 0.5."""
     offset = [(box[i] + box[i + 2] - other[i] - other[i + 2]) / 2 for i in (0, 1)]
@@ -375,7 +378,6 @@ def judge(found, metadata, colours_of):
         count      max(0, 1 - |found - asked| / asked)
         colour     share of the asked objects that have the colour, 0 where too few are found
         position   1 where the relation holds, else 0
-
     found: detections per class, the most confident first. metadata: a line of the benchmark."""
     credits, groups = [], []  # groups: the objects of each clause, [] if they are not as asked
     for clause in metadata["include"]:
@@ -609,10 +611,8 @@ def task_class(name):
     sys.path.append(str(Path(file).resolve().parent))  # its helper modules
     spec = importlib.util.spec_from_file_location(f"task_{Path(file).stem}", file)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look
-    try:
+    with naming(f"task {name} ends the program", SystemExit):
         spec.loader.exec_module(module)
-    except SystemExit as error:
-        raise UserError(f"task {name}: {file} calls sys.exit({error})") from error
     task = getattr(module, wanted, None)
     good = isinstance(task, type) and issubclass(task, Task) and hasattr(task, "reward")
     require(good, f"task {name}: {wanted} must be a subclass of rewards.Task with a reward")

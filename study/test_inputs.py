@@ -23,7 +23,7 @@ EARLY = """
     --task chess; --monitor signs,chess | task chess is not known; choose ocr, geneval, pickscore
     --task mine.py:Reward; --task LONG.py:Reward | there is no file
     --task rewards.py:Gone; --task rewards.py:require; --task IN/mine.py:NoReward | be a subclass
-    --task IN/exits.py:Reward | exits.py calls sys.exit(0)
+    --task IN/exits.py:Reward | exits.py:Reward ends the program: 0 (SystemExit)
     --task ocr:0,pickscore:0; --task ocr:-1,pickscore:2 | weights must be 0 or more and their sum
     --task pickscore,ocr | has no text between straight double quotes
     --task ocr,geneval | ocr.txt, line 1: geneval needs a tag, and lists of
@@ -78,9 +78,10 @@ LATE = """
     --task pickscore --reward-model tiny/ocr | CLIPModel tiny/ocr
     --task pickscore --reward-model tiny/clip,IN/wordless | a tokenizer lacks files
     --task pickscore --reward-model IN/wordless | a tokenizer lacks files
-    --task pickscore --reward-model tiny/clip,tiny/ocr | reward models tiny/clip
-    --task pickscore --reward-model tiny/clip,IN/larger | reward models tiny/clip
+    --task pickscore --reward-model tiny/clip,tiny/ocr | reward models ['tiny/clip'
+    --task pickscore --reward-model tiny/clip,IN/larger | reward models ['tiny/clip'
     --reward-model IN/illiterate | illiterate
+    --task IN/mine.py:Leaves | task Leaves ends the program: 0 (SystemExit)
     --task IN/mine.py:Silent; --task IN/mine.py:Wordy | the report of
 """
 RANGES = """noise-level inf, noise-level 0, learning-rate inf, learning-rate nan, learning-rate -1,
@@ -119,6 +120,7 @@ class Gone(Own): core_spans = lambda self, prompt: None
 class Number(Own): core_spans = lambda self, prompt: [3]
 class Beyond(Own): core_spans = lambda self, prompt: [(0, 999)]
 class Backwards(Own): core_spans = lambda self, prompt: [(3, 0)]
+class Leaves(Own): load = lambda self, device: exit(0)
 class Silent(Own): report = lambda self, images, prompts: None
 class Wordy(Own): report = lambda self, images, prompts: {"style": "fine"}
 class Unheld(Own):
