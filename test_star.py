@@ -508,9 +508,10 @@ def test_9_killed_and_resumed_is_the_same(finished, function, text, call, when, 
 
 
 def test_9_signals_end_with_a_sentence(finished, tmp_path):
-    """Ctrl-C or SIGTERM, and more of them while the first one is handled."""
-    command = [sys.executable, "star.py", *SMALL, str(tmp_path)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    """Ctrl-C or SIGTERM, and more of them while the first one is handled. star.py was started from
+    another folder, and goes on from this one."""
+    command = [sys.executable, os.path.abspath("star.py"), *SMALL, str(tmp_path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd="/")
     while process.poll() is None and not (tmp_path / "metrics.jsonl").exists():
         time.sleep(0.01)
     for each in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGINT):

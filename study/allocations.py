@@ -19,11 +19,10 @@ import re
 import shutil
 import statistics
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
@@ -82,10 +81,10 @@ def draw_lines(path, lines, across, up):
         draw.text((120, place(0, y)[1]), f"{y:.6g}", "black", font, anchor="rm")
     for x in xs[:: math.ceil(len(xs) / 11)]:
         draw.text((place(x, 0)[0], 876), f"{x}", "black", font, anchor="mt")
-    for points, colour in zip(lines.values(), itertools.cycle(COLOURS)):
+    for row, (name, points) in enumerate(lines.items()):
+        colour = COLOURS[row % len(COLOURS)]
         draw.polygon(track(points, min) + track(points, max)[::-1], colour + "28")
-    for row, (name, colour) in enumerate(zip(lines, itertools.cycle(COLOURS))):
-        draw.line(track(lines[name], statistics.mean), colour, 6, joint="curve")
+        draw.line(track(points, statistics.mean), colour, 6, joint="curve")
         draw.text((1350, 60 + 48 * row), NAMES.get(name, name), colour, font)
     rewards.write(path, image.reduce(2).save)
 
@@ -163,18 +162,17 @@ def tokens_of(masks):
 def true_regions(task, images):
     """Which tokens show what the reward is about, judged by the images alone: bool [B, 8, 8].
 
-    GenEval: the masks of the detected objects. OCR: the places that look like a sign. There most
-    pixels are shades of one colour of signs, many of them light, and the wall has another colour.
+    GenEval: the masks of the detected objects. OCR: `sign_region`. None for a whole image.
     """
     if isinstance(task, GenEval):
-        masks = [
-            [one.mask for ones in found.values() for one in ones] for found in task.detect(images)
-        ]
-        return torch.stack([*map(tokens_of, masks)])
-    return torch.stack([*map(sign_region, images)])
+        found = [sum(each.values(), []) for each in task.detect(images)]
+        return torch.stack([tokens_of([one.mask for one in each]) for each in found])
+    return torch.stack([*map(sign_region, images)]) if isinstance(task, OCR) else None
 
 
 def sign_region(image):
+    """The places that look like a sign: most pixels are shades of one colour of signs, many of them
+    light, and the wall has another colour."""
     pixels = (build.to_tensor([image])[0] / 2 + 0.5) * 255
     wall = pixels.flatten(1).median(1).values
     region, (width, height) = torch.zeros(8, 8, dtype=torch.bool), build.SIGN
@@ -210,12 +208,7 @@ class KindTrainer(star.Trainer):
         super().__init__(args, task)  # the weights are the starting ones, also with --resume
         prompts = rewards.evenly_spaced(task.heldout_prompts, args.evaluation_prompts)
         self.start, self.start_images = watch(self, prompts), self.generate(prompts)
-        self.start_means, self.start_regions = self.means(), self.regions(self.start_images)
-
-    def regions(self, images):
-        """Where they show what the reward is about: None if it is about the whole image."""
-        located = isinstance(self.task, OCR | GenEval)
-        return true_regions(self.task, images) if located else None
+        self.start_means, self.start_regions = self.means(), true_regions(task, self.start_images)
 
     @torch.no_grad()
     def means(self):
@@ -227,12 +220,9 @@ class KindTrainer(star.Trainer):
             return [policy.distribution(start.latents[:, k], k, start.prompt) for k in steps]
 
     def evaluate(self, prompts):
-        """Also the distance from the starting policy: of the policy, and of the finished image.
-
-        On the starting policy's own way to each image: the KL divergence, mean over steps,
-        channels, positions and prompts. Of images: the mean absolute difference, of 1. Both also
-        inside and outside of the region that the reward is about, in the first or the new image.
-        """
+        """Also the distance from the starting policy: on its own way to each image the KL, mean
+        over steps, channels, positions and prompts; of images the mean absolute difference, of 1.
+        Both also inside and outside of what the reward is about, in the first or the new image."""
         metrics, images, values = super().evaluate(prompts)
         pairs, pool = zip(self.means(), self.start_means), torch.nn.functional.avg_pool2d
         kl = sum(star.kl_to_reference(mean, start, std) for (mean, std), (start, _) in pairs)
@@ -242,7 +232,7 @@ class KindTrainer(star.Trainer):
         metrics["distance"] = distance = {"map": both["change"].mean(0).tolist()}
         regions = dict(all=torch.ones(8, 8, dtype=torch.bool).expand_as(both["kl"]))
         if self.start_regions is not None:
-            inside = self.regions(images) | self.start_regions
+            inside = true_regions(self.task, images) | self.start_regions
             regions |= dict(inside=inside, outside=~inside)
         for (name, each), (where, region) in itertools.product(both.items(), regions.items()):
             distance[f"{name} {where}"] = each[region].mean().item()
@@ -491,18 +481,14 @@ def sign_quality(trainer, images):
 
 def words_by_kind(prompt, clauses):
     """{kind of word: (spans, classes that they are about)} of a GenEval prompt's first object."""
-    first, last = clauses[0], clauses[-1]
-    words = {
-        "object": first["class"] if first["count"] == 1 else rewards.plural(first["class"]),
-        "colour": first.get("color"),
-        "number": rewards.NUMBERS.get(first["count"]),
-        "relation": last.get("position", [None])[0],
-    }
-    found = {}
+    first, last, found = clauses[0], clauses[-1], {}
+    name, count = first["class"], first["count"]
+    words = dict(object=name if count == 1 else rewards.plural(name), colour=first.get("color"))
+    words |= dict(number=rewards.NUMBERS.get(count), relation=last.get("position", [None])[0])
     for kind, word in words.items():
         if word:
             start = prompt.rindex(word)  # the wall before it may have the same colour
-            about = {first["class"], last["class"]} if kind == "relation" else {first["class"]}
+            about = {name, last["class"]} if kind == "relation" else {name}
             found[kind] = [(start, start + len(word))], about
     return found
 
@@ -635,59 +621,7 @@ def problem(save=Path("problem.png"), more=()):
     rewards.write(save, make_image_grid(rows, rows=2, cols=1).save)
 
 
-GROUP = rf"(an?|two|three|four) (?:({'|'.join(build.COLOURS)}) )?(ball|box|triangle)(?:e?s)?\b"
-
-
-def faults_of(prompt, read, signs, found, colours_of):
-    """What a picture shows otherwise than its prompt says: a set of names.
-
-    read: the text on it. signs: their number. found: per shape, the objects that the detector
-    found. colours_of(objects, shape) -> list of colours.
-    """
-    faults, sign = set(), re.search(r'"(.+)"', prompt)
-    if sign and sign[1] not in read:
-        shorter = "missing letters" if read else "no legible sign"
-        faults.add(shorter if len(read) < len(sign[1]) else "wrong letters")
-    if signs > 1:
-        faults.add("sign painted twice")
-    numbers = {"a": 1, "an": 1} | {word: number for number, word in rewards.NUMBERS.items()}
-    asked = [(numbers[n], colour, shape) for n, colour, shape in re.findall(GROUP, prompt)]
-    surplus = {shape: len(objects) for shape, objects in found.items()}
-    for count, colour, shape in asked:
-        objects = found.get(shape, [])
-        surplus[shape] = surplus.get(shape, 0) - count
-        painted = colours_of(objects[:count], shape) if colour and objects else []
-        if any(each != colour for each in painted):
-            faults.add("wrong colour")
-    missing, extra = (sum(max(0, s * n) for n in surplus.values()) for s in (-1, 1))
-    if missing and extra:
-        faults.add("wrong shape")
-    elif missing or extra:
-        faults.add("objects missing" if missing else "objects extra")
-    relation = re.search(f" ({'|'.join(rewards.RELATIONS)}) ", prompt)
-    if relation and not missing:
-        (_, _, a), (_, _, b) = asked
-        pairs = itertools.product(found[a], found[b])
-        if not all(relation[1] in rewards.relations(one.box, two.box) for one, two in pairs):
-            faults.add("wrong place")
-    return faults
-
-
-def faults(images=96, more=()):
-    """Count what is wrong with pictures of a model, one for each of --images training prompts."""
-    trainer, reader, counter, detector = load_trainer(more), OCR(), build.Signs(), GenEval()
-    reader.load("cpu")
-    detector.load("cpu")
-    prompts, counts = (trainer.task.prompts * 10)[:images], Counter()
-    shown = trainer.generate(prompts)
-    parts = (reader.transcribe(shown), counter.reward(shown, prompts), detector.detect(shown))
-    for image, prompt, *seen in zip(shown, prompts, *parts):
-        counts.update(faults_of(prompt, *seen, partial(detector.colours, image)) or ["none"])
-    for name, count in counts.most_common():
-        print(f"{name:<20}{count / len(shown):6.1%}")
-
-
-COMMANDS = [maps, train, all_, sweep, compare, curves, map_quality, gradients, problem, faults]
+COMMANDS = [maps, train, all_, sweep, compare, curves, map_quality, gradients, problem]
 
 
 def main(argv=None):

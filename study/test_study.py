@@ -23,7 +23,7 @@ import costs
 import star
 import test_star
 from rewards import OCR, make_task, scores
-from test_star import cases, clauses, code_block, detected, record_softmax, world
+from test_star import clauses, code_block, record_softmax, world
 
 same_random_numbers = test_star.same_random_numbers  # a fixture of all tests
 
@@ -135,27 +135,6 @@ def test_true_region_is_the_place_of_the_sign():
         truth[y // 4 : y // 4 + 2, x // 4 : x // 4 + 3] = True
         hits += torch.equal(found, truth)
     assert hits >= 36
-
-
-@cases("""
-    prompt                   | read   | signs | shown | expected
-    a sign "KLX"             | KLX    | 1 |     |
-    a sign "KLX"             | KLXKLX | 2 |     | sign painted twice
-    a sign "KLX"             |        | 1 |     | no legible sign
-    a sign "KLX"             | KX     | 1 |     | missing letters
-    a sign "KLX"             | KLQ    | 1 |     | wrong letters
-    two balls and a red box  |        | 0 | bbr |
-    two balls and a red box  |        | 0 | bbbr | objects extra
-    two balls and a red box  |        | 0 | br  | objects missing
-    two balls and a red box  |        | 0 | brr | wrong shape
-    two balls and a red box  |        | 0 | bbw | wrong colour
-    a ball left of a box     |        | 0 | br  |
-    a ball right of a box    |        | 0 | br  | wrong place
-    a ball right of a box    |        | 0 | b   | objects missing
-""")
-def test_faults_of(prompt, read, signs, shown, expected):
-    faults = allocations.faults_of(prompt, read, int(signs), detected(shown), test_star.colours_of)
-    assert ", ".join(faults) == expected
 
 
 def test_live_bytes_by_hand():
