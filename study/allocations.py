@@ -2,9 +2,8 @@
 
     python study/allocations.py maps 'a white wall with a red ball' --words 'red ball'
 
-shows where a Stable Diffusion 3 model looks for words of your own prompt. The other commands make
-the tables and figures of study/RESULTS.md; COMMAND --help describes one. Options that it does not
-list go to star.py, such as --task geneval or --model stabilityai/stable-diffusion-3.5-medium.
+shows where a Stable Diffusion 3 model looks for words of your own prompt. COMMAND --help describes
+the others. Options that it does not list go to star.py, such as --task geneval or --model NAME.
 """
 
 import argparse
@@ -41,8 +40,7 @@ from rewards import OCR, GenEval, Task, UserError, naming, require, scores
 
 NAMES = {"uniform": "Flow-GRPO", "spatial": "STAR"}  # the other kinds have no other name
 KINDS = "uniform,spatial,spatial0.5,spatiotemporal,spatiotemporal0.5"
-CONTROLS = ",shuffled,oracle"
-RATES = "2e-4,4e-4,8e-4,1.6e-3"
+CONTROLS, RATES = ",shuffled,oracle", "2e-4,4e-4,8e-4,1.6e-3"
 TUNING_SEEDS, FRESH_SEEDS = "100,101,102,103", "10,11,12,13,14,15,16,17,18,19"
 RUNS = Path("runs/sweep")
 STUDY = {  # the options of star.py for each task of the comparison
@@ -121,8 +119,7 @@ def maps(prompts, words=None, save=Path("maps.png"), more=()):
     """Show where a model looks for --words of your prompts, in one image.
 
     Five denoising steps have a column each: the image that the model predicts there, in grey, and
-    the attention to the words, in red. Without --words these are the quoted text or, if there is
-    none, all but function words. --model may be any of the Stable Diffusion 3 family.
+    the attention to the words, in red. Without --words: the quoted text or all content words.
     """
     options = ["--stochastic-range=0-0", "--stochastic-steps=1", "--kl-weight=0", "--ema-decay=0"]
     task, rows, whole = Task(), [], re.compile(rf"(?<!\w){re.escape(words or '')}(?!\w)", re.I)
@@ -160,10 +157,7 @@ def tokens_of(masks):
 
 
 def true_regions(task, images):
-    """Which tokens show what the reward is about, judged by the images alone: bool [B, 8, 8].
-
-    GenEval: the masks of the detected objects. OCR: `sign_region`. None for a whole image.
-    """
+    """Which tokens show what the reward is about: bool [B, 8, 8]; None if it is the whole image."""
     if isinstance(task, GenEval):
         found = [sum(each.values(), []) for each in task.detect(images)]
         return torch.stack([tokens_of([one.mask for one in each]) for each in found])
@@ -276,9 +270,8 @@ def make_run(folder, kind, seed, options):
 def train(kinds=KINDS, rates=RATES, seeds=TUNING_SEEDS, evaluate_every=4, folder=RUNS, more=()):
     """Train each of --kinds at each of --rates with each of --seeds, one run per core.
 
-    star.py has all kinds but shuffled, the maps' values in random places, and oracle, the true
-    region of each finished image. Runs are FOLDER/RATE/TASK-KIND-SEED; finished ones are kept.
-    """
+    shuffled has the maps' values in random places, oracle the true region of each finished image.
+    Runs are FOLDER/RATE/TASK-KIND-SEED; finished ones are kept."""
     with naming(f"--rates {rates} or --seeds {seeds}"):
         rates, seeds = [*map(float, rates.split(","))], [*map(int, seeds.split(","))]
     task, made, jobs = star.parse_arguments(more)[0].task, defaultdict(list), []
@@ -297,9 +290,8 @@ def train(kinds=KINDS, rates=RATES, seeds=TUNING_SEEDS, evaluate_every=4, folder
 def sweep(kinds=KINDS, rates=RATES, evaluate_every=1, folder=RUNS, goal=0.8, more=()):
     """Compare kinds of allocation, each at its own best learning rate.
 
-    `train` runs each of --kinds at each of --rates with the seeds 100 to 103, and then, at the rate
-    with the highest mean reward over the run, with the fresh seeds 10 to 19. `compare` these.
-    """
+    `train` each of --kinds at each of --rates with the seeds 100 to 103, then at the best rate with
+    the fresh seeds 10 to 19, and `compare` these."""
     require("uniform" in kinds.split(","), "--kinds needs uniform, to compare the others with it")
     tuned, final = train(kinds, rates, TUNING_SEEDS, 4, folder, more), []
     for kind in kinds.split(","):
@@ -407,9 +399,8 @@ def read_runs(folders, report=None):
 def compare(runs, goal=0.8, report=None):
     """Compare kinds of allocation with Flow-GRPO (uniform) seed by seed, in a Markdown table.
 
-    The runs must differ in nothing but kind, learning rate and seed. In round brackets are min and
-    max of the seeds, in square ones a bootstrap 95 % interval of the median.
-    --goal is a reward to reach. --report takes another number of the metrics: 'strict GenEval'.
+    In round brackets are min and max of the seeds, in square ones a bootstrap 95 % interval of the
+    median. --goal is a reward to reach. --report takes another number: 'strict GenEval'.
     """
     runs, reward = read_runs(runs, report), "heldout_reward"
     base = runs["uniform"]
@@ -521,8 +512,7 @@ def object_quality(trainer, images):
 def map_quality(images=96, save=Path("map-quality.png"), more=()):
     """Measure how well the maps find what the words mean, at each denoising step.
 
-    The measure is the area under the ROC curve: 0.5 is chance, 1 is perfect. The words are a sign's
-    text or, with --task geneval, words of these prompts by their kind, --images prompts of each.
+    The words are a sign's text or, with --task geneval, words of --images prompts by their kind.
     """
     trainer = load_trainer(more)
     measure = object_quality if isinstance(trainer.task, GenEval) else sign_quality
@@ -578,8 +568,7 @@ def gradients(repeats=40, save=Path("gradients.png"), more=()):
     """Measure how much signal is in an estimate of the gradient from the images of one iteration.
 
     variance is E |estimate - signal|^2, where the signal is the expected estimate. agreement is the
-    mean cosine of two estimates, 1 / (1 + variance / |signal|^2). The weights are the starting
-    ones, the errors the jackknife's standard errors over the --repeats estimates.
+    mean cosine of two estimates, 1 / (1 + variance / |signal|^2), with the jackknife's errors.
     """
     require(repeats > 2, f"--repeats is {repeats}; standard errors need 3 or more")
     trainer, steps, estimates, lines = load_trainer(more), range(6), [], defaultdict(dict)
