@@ -669,12 +669,14 @@ def test_an_iteration_is_the_gradient_of_one_loss(options, monkeypatch):
     assert trainer.generate(PROMPTS) == [bool(trainer.ema)]
 
 
-def test_equal_rewards_teach_nothing(pipe, tmp_path, monkeypatch):
-    """No image is trained on its KL alone; the run goes on, also from its checkpoint."""
+def test_equal_rewards_teach_nothing(pipe, tmp_path, monkeypatch, capsys):
+    """No image is trained on its KL alone; the run goes on, also from its checkpoint. Of equal
+    evaluations the last is the best."""
     monkeypatch.setattr(OCR, "reward", lambda self, images, prompts: [0.5] * len(images))
     options = ["--kl-weight", "1", "--monitor", "", "--iterations"]
     run(tmp_path, *options, "1")
     run(tmp_path, *options, "2", "--resume")
+    assert "(best: 16 images)" in capsys.readouterr().out
     start = dict(pipe.transformer.named_parameters())
     start |= {f"ema.{i}": weight for i, weight in enumerate(start.values())}
     assert_close(checkpoint(tmp_path), start, atol=0, rtol=0)
