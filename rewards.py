@@ -21,7 +21,6 @@ import os.path
 import re
 import sys
 import tempfile
-import textwrap
 from collections import namedtuple
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -65,7 +64,7 @@ def naming(subject, kinds=Exception):
 
 
 def one_line(value):
-    return textwrap.shorten(str(value), 300, placeholder=" ...")
+    return " ".join(str(value)[:1000].split())[:300]
 
 
 def write(path, save, *content, new=False):
@@ -182,7 +181,7 @@ def evaluate(task, images, prompts, device):
     """(rewards, report) of images; the report includes what monitors say."""
     with exits(task), on_device(device, *networks(task)), torch.no_grad():
         rewards, found = scores(task, images, prompts), task.report(images, prompts)
-    with naming(f"the report of {type(task).__name__} must be a dict of numbers, not {found}"):
+    with naming(f"{type(task).__name__}.report must be a dict of numbers, not {one_line(found)}"):
         report = {name: float(value) for name, value in found.items()}
     for monitor in task.monitors:
         report[type(monitor).__name__] = scores(monitor, images, prompts, device).mean().item()
@@ -194,7 +193,7 @@ def core_spans(task, prompts):
     spans, wanted = [], f"core_spans of {type(task).__name__} must return (start, end) pairs"
     for prompt in prompts:
         found = task.core_spans(prompt)
-        with naming(wrong := f"{wanted} inside of the prompt, not {found}: {prompt}"):
+        with naming(wrong := f"{wanted} inside of the prompt, not {one_line(found)}: {prompt}"):
             spans.append([(start, end) for start, end in found])
             require(all(0 <= start < end <= len(prompt) for start, end in spans[-1]), wrong)
     return spans
@@ -209,7 +208,7 @@ def read_records(file):
         lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
     lines = [(f"{file}, line {n}", line.strip()) for n, line in enumerate(lines, 1) if line.strip()]
     require(lines, f"prompt file {file} is empty; it needs one prompt per line")
-    is_json = ".json" in str(file).lower() or lines[0][1].startswith(("{", "["))
+    is_json = Path(file).suffix.lower()[:5] == ".json" or lines[0][1].startswith(("{", "["))
     for where, line in lines:
         with naming(wrong := f"{where} must be a JSON object with a prompt, not {one_line(line)}"):
             record = json.loads(line) if is_json else {"prompt": line}

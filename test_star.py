@@ -951,7 +951,8 @@ def test_readers_without_a_limit_of_their_own_read_to_the_end(judges, tmp_path):
 def test_prompt_files(tmp_path):
     """As Flow-GRPO's are: a byte order mark and blank lines do not count."""
     lines = ['A stamp, with "Alex’s Library" in bold letters', 'A bus that reads "Line 7", \u2028']
-    file = tmp_path / "prompts.txt"
+    file = tmp_path / "mine.json.d/prompts.txt"
+    file.parent.mkdir()
     file.write_text("\n\n".join(lines) + "\n", encoding="utf-8-sig")
     assert OCR(file).prompts == [line.strip() for line in lines]
     # evaluation prompts come from all parts of a file

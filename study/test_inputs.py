@@ -82,7 +82,7 @@ LATE = """
     --task pickscore --reward-model tiny/clip,IN/larger | reward models ['tiny/clip'
     --reward-model IN/illiterate | illiterate
     --task IN/mine.py:Leaves | task Leaves ends the program: 0 (SystemExit)
-    --task IN/mine.py:Silent; --task IN/mine.py:Wordy | the report of
+    --task IN/mine.py:Silent; --task IN/mine.py:Wordy | .report must be a dict of numbers, not
 """
 RANGES = """noise-level inf, noise-level 0, learning-rate inf, learning-rate nan, learning-rate -1,
     guidance-scale nan, max-gradient-norm nan, clip-range 0, advantage-clip 0, kl-weight -1,
