@@ -19,7 +19,7 @@ import shutil
 import statistics
 import sys
 from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -40,13 +40,13 @@ from rewards import OCR, GenEval, Task, UserError, naming, require, scores
 
 NAMES = {"uniform": "Flow-GRPO", "spatial": "STAR"}  # the other kinds have no other name
 KINDS = "uniform,spatial,spatial0.5,spatiotemporal,spatiotemporal0.5"
-CONTROLS, RATES = ",shuffled,oracle", "2e-4,4e-4,8e-4,1.6e-3"
-TUNING_SEEDS, FRESH_SEEDS = "100,101,102,103", "10,11,12,13,14,15,16,17,18,19"
-RUNS = Path("runs/sweep")
+CONTROLS, RATES = ",shuffled,oracle", "4e-4,8e-4"
+TUNING_SEEDS, FRESH_SEEDS = "100,101,102,103", "20,21,22,23,24,25,26,27,28,29"
+RUNS = Path("runs/study.jsonl")
 STUDY = {  # the options of star.py for each task of the comparison
-    "ocr": "--iterations=20 --ema-decay=0 --monitor=",
-    "geneval": "--iterations=20 --monitor=",
-    "pickscore": "--iterations=10",
+    "ocr": "--iterations=20 --evaluate-every=4 --ema-decay=0 --monitor=",
+    "pickscore": "--iterations=10 --evaluate-every=2",
+    "geneval": "--iterations=20 --evaluate-every=4 --monitor=",
 }
 COLOURS = "#1f77b4 #d62728 #2ca02c #9467bd #ff7f0e #17becf".split()
 
@@ -252,187 +252,194 @@ def run_options(kind, more, **fixed):
     return [*options, *more]
 
 
-def make_run(folder, kind, seed, options):
-    """Make a run, or continue one that was interrupted. What it prints goes to FOLDER.log."""
-    if (folder / "done").exists():
-        return
+def make_run(folder, about, options):
+    """Make a run, or continue one that was interrupted. What it prints goes to FOLDER.log. Returns
+    what it is `about`, and a list per number with an entry per evaluation."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     options = options + ["--resume"] * len(star.checkpoints(folder))
-    torch.manual_seed(seed)  # of the shuffled maps
-    KindTrainer.kind, star.Trainer = kind, KindTrainer
+    torch.manual_seed(about["seed"])  # of the shuffled maps
+    KindTrainer.kind, star.Trainer = about["kind"], KindTrainer
     with open(f"{folder}.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
         star.main(options)
-    (folder / "done").touch()
-    for large in ("checkpoint", "pipeline"):  # hundreds of runs would fill the disk
-        shutil.rmtree(folder / large)
+    run = defaultdict(list, about)
+    for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
+        if "heldout_reward" in line:
+            run["map"] = line["distance"].pop("map")  # only the last
+            numbers = dict(images=line["images"], reward=line["heldout_reward"])
+            for name, value in (numbers | line["distance"] | line["report"]).items():
+                run[name].append(value)
+    return json.loads(json.dumps(run), parse_float=lambda text: float(f"{float(text):.5g}"))
 
 
-def train(kinds=KINDS, rates=RATES, seeds=TUNING_SEEDS, evaluate_every=4, folder=RUNS, more=()):
+def train(kinds=KINDS, rates=RATES, seeds=TUNING_SEEDS, runs=RUNS, more=()):
     """Train each of --kinds at each of --rates with each of --seeds, one run per core.
 
     shuffled has the maps' values in random places, oracle the true region of each finished image.
-    Runs are FOLDER/RATE/TASK-KIND-SEED; finished ones are kept."""
+    A finished run becomes a line of the file --runs and is not made again."""
     with naming(f"--rates {rates} or --seeds {seeds}"):
         rates, seeds = [*map(float, rates.split(","))], [*map(int, seeds.split(","))]
-    task, made, jobs = star.parse_arguments(more)[0].task, defaultdict(list), []
-    task = re.sub(r"[^\w.]+", "-", task.rpartition(".py:")[2].lower())
+    task, jobs, finished = star.parse_arguments(more)[0].task, [], read_runs(runs)
     for kind, rate, seed in itertools.product(kinds.split(","), rates, seeds):
-        run = folder / f"{rate:g}" / f"{task}-{kind}-{seed}"
-        fixed = dict(out=f"{run}", seed=seed, learning_rate=rate, evaluate_every=evaluate_every)
-        jobs.append((run, kind, seed, run_options(kind, more, **fixed)))
-        made[kind, rate].append(run)
+        about = dict(task=task, kind=kind, rate=rate, seed=seed, options=" ".join(more))
+        name = f"{task.rpartition('.py:')[2]}-{kind}-{rate:g}-{seed}".lower()
+        folder = Path("runs/study", re.sub(r"[^\w.]+", "-", name))
+        fixed = dict(out=f"{folder}", seed=seed, learning_rate=rate)
+        if not any(about.items() <= run.items() for run in finished):
+            jobs.append((folder, about, run_options(kind, more, **fixed)))
+    runs.parent.mkdir(parents=True, exist_ok=True)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(None, spawn, torch.set_num_threads, (1,)) as pool:  # one per core
-        list(tqdm(pool.map(make_run, *zip(*jobs)), "runs", len(jobs)))
-    return made
+        folders = {pool.submit(make_run, *job): job[0] for job in jobs}
+        for done in tqdm(as_completed(folders), "runs", len(jobs)):
+            with open(runs, "a") as file:
+                file.write(json.dumps(done.result()) + "\n")
+            shutil.rmtree(folders[done])  # hundreds of runs would fill the disk
 
 
-def sweep(kinds=KINDS, rates=RATES, evaluate_every=1, folder=RUNS, goal=0.8, more=()):
-    """Compare kinds of allocation, each at its own best learning rate.
-
-    `train` each of --kinds at each of --rates with the seeds 100 to 103, then at the best rate with
-    the fresh seeds 10 to 19, and `compare` these."""
-    require("uniform" in kinds.split(","), "--kinds needs uniform, to compare the others with it")
-    tuned, final = train(kinds, rates, TUNING_SEEDS, 4, folder, more), []
-    for kind in kinds.split(","):
-        runs = {rate: runs for (of, rate), runs in tuned.items() if of == kind}
-        areas = {rate: [area(evaluations(run)) for run in runs[rate]] for rate in runs}
-        cells = [f"{rate:g}: {spread(each, '.3f')}" for rate, each in areas.items()]
-        print(f"{NAMES.get(kind, kind)}, mean reward over the run at {', '.join(cells)}")
-        best = max(areas, key=lambda rate, areas=areas: statistics.mean(areas[rate]))
-        final += train(kind, f"{best}", FRESH_SEEDS, evaluate_every, folder, more)[kind, best]
-    compare(final, goal)
-
-
-def all_(folder=Path("runs/study")):
-    """Make all runs of the comparison in study/RESULTS.md: hours. What is finished is kept."""
-    tuned = {}
+def all_(runs=Path("study/runs.jsonl"), figures=Path("study/figures")):
+    """Make the runs of study/RESULTS.md that are not in the file --runs, its tables and figures."""
+    ranks, rows = defaultdict(list), []
     for task, options in STUDY.items():
         more = ["--task", task, *options.split()]
-        tuned[task] = train(KINDS, "4e-4,8e-4", TUNING_SEEDS, 2, folder, more)
-    for task, options in STUDY.items():
-        more, chosen = ["--task", task, *options.split()], defaultdict(set)
-        for kind in KINDS.split(","):
-            areas = {}
-            for (of, rate), runs in tuned[task].items():
-                if of == kind:
-                    areas[rate] = statistics.mean(area(evaluations(run)) for run in runs)
-                    if kind in ("uniform", "spatial"):  # both rates, for the prediction
-                        chosen[rate].add(kind)
-            chosen[max(areas, key=areas.get)].add(kind)
-        for rate, kinds in chosen.items():
-            seeds = ",".join(map(str, range(20, 30)))
-            train(",".join(sorted(kinds)), f"{rate}", seeds, 2, folder, more)
+        train(KINDS, RATES, TUNING_SEEDS, runs, more)
+        tuned = table_of(runs, task, TUNING_SEEDS)
+        means = {key: statistics.mean(map(area, each.values())) for key, each in tuned.items()}
+        best = dict(sorted(means, key=means.get))  # of a kind's rates the last one stays
+        for place, kind in enumerate(sorted(best, key=lambda kind: -means[kind, best[kind]])):
+            ranks[kind].append(place + 1)
+        for kind, rate in means:
+            print(f"{task}, {kind} at {rate:g}: mean over the run {means[kind, rate]:.3f}")
+            if kind in ("uniform", "spatial") or rate == best[kind]:
+                train(kind, f"{rate}", FRESH_SEEDS, runs, more)
+        compare(task, runs=runs)
+        table = {kind: table_of(runs, task, FRESH_SEEDS)[kind, best[kind]] for kind in NAMES}
+        draw_distance(table, distance_unit(runs, task), figures / task / "distance.png")
+        rows.append(draw_changes(task, table))
+    print({kind: statistics.mean(places) for kind, places in ranks.items()}, "mean ranks")
+    rewards.write(figures / "changes.png", make_image_grid(rows, rows=len(rows), cols=1).save)
 
 
 # ----------------------------------------------------------------------------------- Comparing runs
-def evaluations(folder, report=None):
-    """The lines of a run's metrics.jsonl that have a held-out reward, or `report` in its place."""
-    with naming(f"run {folder}" + f", --report {report}" * bool(report)):
-        lines = map(json.loads, Path(folder, "metrics.jsonl").read_text().splitlines())
-        lines = [line for line in lines if "heldout_reward" in line]
-        require(len(lines) > 1, f"run {folder} has {len(lines)} evaluations; two are needed")
-        for line in lines if report else ():
-            line["heldout_reward"] = line["report"][report]
-        return lines
+def read_runs(file):
+    """The finished runs in a file, see `make_run`; none if there is no file."""
+    with naming(f"--runs {file}"):
+        return [*map(json.loads, file.read_text().splitlines())] if file.exists() else []
 
 
-def images_to_reach(lines, goal):
-    """Images seen when the held-out reward first reaches `goal`, interpolated; inf if never."""
-    points = [(line["images"], line["heldout_reward"]) for line in lines]
-    if points[0][1] >= goal:
-        return points[0][0]
-    for (images, reward), (next_images, next_reward) in itertools.pairwise(points):
-        if next_reward >= goal:  # and reward < goal
-            return images + (next_images - images) * (goal - reward) / (next_reward - reward)
-    return math.inf
+def table_of(file, task, seeds):
+    """{(kind, rate): {seed: run}} of the finished runs of a task with some seeds."""
+    table, schedules = defaultdict(dict), set()
+    for run in read_runs(file):
+        if run["task"] == task and f"{run['seed']}" in seeds.split(","):
+            table[run["kind"], run["rate"]][run["seed"]] = run
+            schedules.add((run["options"], *run["images"]))
+    found = f"{file} has {len(schedules)} kinds of runs of {task} with seeds {seeds}"
+    require(len(schedules) == 1, f"{found}, not one: {[one[0] for one in schedules]}")
+    kinds = (KINDS + CONTROLS).split(",")
+    return dict(sorted(table.items(), key=lambda each: (kinds.index(each[0][0]), each[0][1])))
 
 
-def area(lines):
-    """The mean held-out reward over the images of a run, linear between evaluations."""
-    points = [(line["images"], line["heldout_reward"]) for line in lines]
+def distance_unit(file, task):
+    """D: the median final KL of Flow-GRPO's tuning runs at the first of the rates."""
+    runs = table_of(file, task, TUNING_SEEDS)["uniform", float(RATES.split(",")[0])]
+    return statistics.median(run["kl all"][-1] for run in runs.values())
+
+
+def first(runs, along, goal, number):
+    """`number` of each run where `along` first reaches a goal, linear in between; else None."""
+    found = []
+    for run in runs:
+        points = [*zip(run[along], run[number])]
+        found.append(points[0][1] if points[0][0] >= goal else None)
+        for (x, y), (next_x, next_y) in itertools.pairwise(points):
+            if found[-1] is None and next_x >= goal:  # and x < goal
+                found[-1] = y + (next_y - y) * (goal - x) / (next_x - x)
+    return found
+
+
+def area(run, score="reward"):
+    """The mean of a held-out score over the images of a run, linear between evaluations."""
+    points = [*zip(run["images"], run[score])]
     pieces = ((d - b) * (a + c) / 2 for (b, a), (d, c) in itertools.pairwise(points))
     return sum(pieces) / (points[-1][0] - points[0][0])
 
 
-def spread(values, form):
-    """The median of some values and, in brackets, their min and max."""
-    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+def interval(values, draws=10_000):
+    """A 95 % interval of the median by bootstrap over seeds."""
+    rng, n = random.Random(0), len(values)
+    medians = sorted(statistics.median(rng.choices(values, k=n)) for _ in range(draws))
+    return medians[draws // 40], medians[-draws // 40 - 1]
 
 
-def interval(values):
-    """A 95 % interval of the median by bootstrap over seeds, exact: from all n**n draws."""
-    values, n = sorted(values), len(values)
-    half, odd = divmod(n, 2)
-
-    def draws_below(i):  # whose first middle value is among the i smallest: a binomial tail
-        tail = range(half + odd, n + 1)
-        return sum(math.comb(n, k) * i**k * (n - i) ** (n - k) for k in tail)
-
-    # draws[i, j] counts those whose two middle values, of which the median is the mean, are i and j
-    draws = {(i, i): draws_below(i + 1) - draws_below(i) for i in range(n)}
-    for i, j in itertools.combinations(range(n), 2) if not odd else ():
-        # half of a draw is value i or before, with i among them, and half is j or after, with j
-        lower, upper = (i + 1) ** half - i**half, (n - j) ** half - (n - j - 1) ** half
-        draws[i, j] = math.comb(n, half) * lower * upper
-        draws[i, i] -= draws[i, j]
-    medians = sorted(((values[i] + values[j]) / 2, count) for (i, j), count in draws.items())
-    up_to = list(itertools.accumulate(count for _, count in medians))
-    return tuple(medians[sum(each < share * n**n for each in up_to)][0] for share in (0.025, 0.975))
+def cell(ours, theirs=None, ratio=False):
+    """The median of paired differences or ratios, its interval, and how many are more than 0 or
+    less than 1, without pairs of which one did not get there. Alone: the median and how many."""
+    if theirs is None:
+        found = [number for number in ours if number is not None]
+        return f"{statistics.median(found):.3g}, {len(found)} runs" if found else "none gets there"
+    pairs = [pair for pair in zip(ours, theirs) if None not in pair]
+    if not pairs:
+        return "none gets there"
+    changes = [(a + 1e-12) / (b + 1e-12) if ratio else a - b for a, b in pairs]
+    better = sum(change < 1 if ratio else change > 0 for change in changes)
+    numbers = statistics.median(changes), *interval(changes)
+    median, low, high = (f"{number:.2f}" if ratio else f"{number:+.3f}" for number in numbers)
+    return f"{median} [{low}, {high}] {better} of {len(pairs)}"
 
 
-def read_runs(folders, report=None):
-    """{kind: {seed: evaluations}} of runs TASK-KIND-SEED that can be compared, `uniform` first."""
-    runs, schedules = {"uniform": {}}, set()
-    for folder in folders:
-        with naming(f"the name of the run {folder} must be TASK-KIND-SEED"):
-            task, kind, seed = Path(folder).resolve().name.rsplit("-", 2)
-            seeds, seed = runs.setdefault(kind, {}), int(seed)
-        require(seed not in seeds, f"two runs are of {kind} with seed {seed}")
-        seeds[seed] = evaluations(folder, report)
-        schedules.add((task, *(line["images"] for line in seeds[seed])))
-    good = len(schedules) == 1 and runs["uniform"]
-    require(good, "need runs of one task with the same evaluations, some of them uniform")
-    return runs
+def compare(task="ocr", seeds=FRESH_SEEDS, base=0.0, score="reward", runs=RUNS):
+    """Compare kinds of allocation with Flow-GRPO (uniform), seed by seed, in a Markdown table.
 
-
-def compare(runs, goal=0.8, report=None):
-    """Compare kinds of allocation with Flow-GRPO (uniform) seed by seed, in a Markdown table.
-
-    In round brackets are min and max of the seeds, in square ones a bootstrap 95 % interval of the
-    median. --goal is a reward to reach. --report takes another number: 'strict GenEval'.
+    Flow-GRPO's rows hold medians, the others the median of paired differences (KL and change:
+    ratios) to Flow-GRPO at the same rate or at the rate --base, a 95 % interval of it, and on how
+    many seeds it is better. D is a KL, see `distance_unit`; KL and change are those at which a run
+    has Flow-GRPO's median reward at D/4, D/2, D, and D/2. --score: another number, 'strict GenEval'
     """
-    runs, reward = read_runs(runs, report), "heldout_reward"
-    base = runs["uniform"]
-    print(f"before training: {spread([lines[0][reward] for lines in base.values()], '.3f')}")
-    columns = f"allocation | {report or 'reward'} at the end | higher on | mean over the run | gain"
-    columns += f" | better on | images to {goal:g} | ratio | sooner on"
-    print(f"| {columns} |\n{'| --- ' * 9}|")
-    for kind, seeds in runs.items():
-        rows = []
-        for seed in sorted(seeds.keys() & base.keys()):
-            ours, theirs = seeds[seed], base[seed]
-            reach, base_reach = images_to_reach(ours, goal), images_to_reach(theirs, goal)
-            ratio = 1.0 if reach == base_reach else reach / max(base_reach, 1)
-            gain = round(area(ours) - area(theirs), 9)  # equal but for rounding is equal
-            end, base_end = ours[-1][reward], theirs[-1][reward]
-            rows.append((end, end > base_end, area(ours), gain, gain > 0, reach, ratio, ratio < 1))
-        require(rows, f"no run of {kind} has the seed of a run of uniform")
-        ends, higher, areas, gains, better, reaches, ratios, sooner = zip(*rows)
-        gain = "{:+.3f} [{:+.3f}, {:+.3f}]".format(statistics.median(gains), *interval(gains))
-        ratio = "{:.2f} [{:.2f}, {:.2f}]".format(statistics.median(ratios), *interval(ratios))
-        row, of = f"| {NAMES.get(kind, kind)} | {spread(ends, '.3f')}", f"of {len(rows)}"
-        row += f" | {sum(higher)} {of} | {spread(areas, '.3f')} | {gain} | {sum(better)} {of}"
-        print(f"{row} | {spread(reaches, '.0f')} | {ratio} | {sum(sooner)} {of} |")
+    table, D = table_of(runs, task, seeds), distance_unit(runs, task)
+    columns = "allocation, rate | end (min to max) | mean over the run | at D/4 | at D/2 | at D"
+    columns += " | KL for D/4 | KL for D/2 | KL for D | change outside"
+    print(f"{task}, {score}: D is {D:.3g}\n\n| {columns} |\n{'| --- ' * 10}|")
+    for (kind, rate), of_kind in table.items():
+        flow_grpo = table.get(("uniform", base or rate), {})
+        seeds = sorted(of_kind.keys() & flow_grpo.keys())
+        require(seeds, f"{runs} has no run of uniform at the rate {base or rate} for {kind}")
+        sides = [[runs[seed] for seed in seeds] for runs in (of_kind, flow_grpo)]
+        sides = sides[:1] if of_kind is flow_grpo else sides
+        ends, goals = [run[score][-1] for run in sides[0]], []
+        cells = [f"{statistics.median(ends):.3f} ({min(ends):.3f} to {max(ends):.3f})"]
+        cells.append(cell(*([area(run, score) for run in side] for side in sides)))
+        for distance in (D / 4, D / 2, D):
+            rewards_there = [first(side, "kl all", distance, score) for side in sides]
+            cells.append(cell(*rewards_there))
+            reached = [reward for reward in rewards_there[-1] if reward is not None]
+            goals.append(statistics.median(reached or [math.inf]))
+        change = "change outside" if "change outside" in sides[0][0] else "change all"
+        for goal, number in *((goal, "kl all") for goal in goals), (goals[1], change):
+            cells.append(cell(*(first(side, score, goal, number) for side in sides), ratio=True))
+        print(f"| {NAMES.get(kind, kind)}, {rate:g} | {' | '.join(cells)} |")
 
 
-def curves(runs, save=Path("curves.png")):
-    """Draw held-out reward against images seen: the mean of each kind, a band from min to max."""
-    lines = defaultdict(lambda: defaultdict(list))
-    for kind, seeds in read_runs(runs).items():
-        for line in itertools.chain(*seeds.values()):
-            lines[kind][line["images"]].append(line["heldout_reward"])
-    draw_lines(save, lines, "images seen in training", "held-out reward, mean of the seeds")
+def draw_distance(table, D, path):
+    """Draw held-out reward against KL for {kind: {seed: run}}, as far as all runs of a kind go."""
+    lines, step = defaultdict(dict), float(f"{D / 12:.0e}")
+    for (kind, runs), n in itertools.product(table.items(), range(30)):
+        values = first(runs.values(), "kl all", n * step, "reward")
+        if None not in values:
+            lines[kind][round(n * step * 1e4, 3)] = values
+    draw_lines(path, lines, "KL from the starting policy, 1e-4", "held-out reward")
+
+
+def draw_changes(task, table):
+    """Draw the mean absolute change of each position, at the end, for {kind: {seed: run}}."""
+    maps = {
+        kind: torch.tensor([run["map"] for run in runs.values()]).mean(0)
+        for kind, runs in table.items()
+    }
+    top, tiles = max(each.max() for each in maps.values()), []
+    for kind, each in maps.items():
+        image = overlay(Image.new("RGB", (8, 8), "white"), each / top, "#e61e1e")
+        tiles.append((image, f"{NAMES.get(kind, kind)}: {each.min():.3f} to {each.max():.3f}"))
+    return draw_row(task, tiles, side=208)
 
 
 # ------------------------------------------------------------------------------ Quality of the maps
@@ -610,7 +617,7 @@ def problem(save=Path("problem.png"), more=()):
     rewards.write(save, make_image_grid(rows, rows=2, cols=1).save)
 
 
-COMMANDS = [maps, train, all_, sweep, compare, curves, map_quality, gradients, problem]
+COMMANDS = [maps, train, all_, compare, map_quality, gradients, problem]
 
 
 def main(argv=None):
@@ -631,7 +638,7 @@ def main(argv=None):
                 command.add_argument(option, type=kind, default=default, help=shown)
     args, more = parser.parse_known_args(argv)
     rewards.silence_libraries()
-    options = vars(args) | ({} if args.function in (all_, compare, curves) else {"more": more})
+    options = vars(args) | ({} if args.function in (all_, compare) else {"more": more})
     if more and "more" not in options:
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     try:

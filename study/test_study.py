@@ -1,6 +1,7 @@
 """What must be true of the study, of TRANSPLANT.md and of what only the miniature has."""
 
 import itertools
+import json
 import math
 import re
 import statistics
@@ -22,7 +23,7 @@ import costs
 
 import star
 import test_star
-from rewards import OCR, make_task, scores
+from rewards import OCR, UserError, evenly_spaced, make_task, scores
 from test_star import clauses, code_block, record_softmax, world
 
 same_random_numbers = test_star.same_random_numbers  # a fixture of all tests
@@ -84,18 +85,87 @@ def test_flux_latents_are_packed_as_in_the_pipeline():
 def test_statistics_by_hand():
     values, truth = torch.tensor([0.9, 0.2, 0.2, 0.1]), torch.tensor([1, 1, 0, 0]).bool()
     assert allocations.area_under_roc(values, truth) == (1 + 1 + 0.5 + 1) / 4
-    points = [(0, 0.5), (200, 0.7), (300, 0.7), (400, 0.6)]
-    lines = [dict(images=images, heldout_reward=reward) for images, reward in points]
-    for goal, images in {0.6: 100, 0.5: 0, 0.7: 200, 0.71: math.inf}.items():
-        assert allocations.images_to_reach(lines, goal) == pytest.approx(images)
-    assert allocations.area(lines) == pytest.approx((120 + 70 + 65) / 400)
-    assert allocations.interval([0.3] * 7) == (0.3, 0.3)
-    # the median of nine draws is one of the two least of nine values with probability 3.0%, which
-    # is P(Binomial(9, 2/9) >= 5), and the least with 0.1%
-    assert allocations.interval([*range(1, 10)]) == (2, 8)
+    run = {"images": [0, 200, 300, 400], "reward": [0.5, 0.7, 0.7, 0.6], "kl all": [0, 2, 3, 5]}
+    for goal, images in {0.6: 100, 0.5: 0, 0.7: 200, 0.71: None}.items():
+        assert allocations.first([run], "reward", goal, "images") == [pytest.approx(images)]
+    assert allocations.first([run], "kl all", 4, "reward") == [pytest.approx(0.65)]
+    assert allocations.area(run) == pytest.approx((120 + 70 + 65) / 400)
     values = [4.0, 1, math.inf, 2.5, 7, 3.25]
     draws = sorted(map(statistics.median, itertools.product(values, repeat=6)))
     assert allocations.interval(values) == (draws[1166], draws[45489])  # 2.5% and 97.5% of 6**6
+    pairs = [2, 1, None, 3], [1, 2, 1, None]  # two of four pairs have both numbers
+    assert allocations.cell(*pairs) == "+0.000 [-1.000, +1.000] 1 of 2"
+    assert allocations.cell(*pairs, ratio=True) == "1.25 [0.50, 2.00] 1 of 2"
+
+
+def test_comparison_by_hand(tmp_path, capsys):
+    """Straight lines: with half of the KL for the same reward there is twice the reward at a KL."""
+    file, made = tmp_path / "runs.jsonl", dict(task="ocr", options="--task ocr", images=[0, 24])
+    for (kind, kl), seed in itertools.product(
+        {"spatial": 2, "uniform": 4}.items(), range(100, 104)
+    ):
+        run = dict(kind=kind, rate=4e-4, seed=seed, reward=[0, 0.8 if seed % 2 else 0.4])
+        run |= {"kl all": [0, kl], "change all": [0, 3 * kl]}
+        file.open("a").write(json.dumps(made | run) + "\n")
+    assert allocations.distance_unit(file, "ocr") == 4
+    allocations.train("spatial,uniform", "4e-4", runs=file, more=["--task", "ocr"])  # nothing to do
+    allocations.compare("ocr", allocations.TUNING_SEEDS, runs=file)
+    rows = [row.strip("| ").split(" | ") for row in capsys.readouterr().out.splitlines()[-2:]]
+    ends = "0.600 (0.400 to 0.800)"
+    assert rows[0][:6] == ["Flow-GRPO, 0.0004", ends] + [
+        f"{x}, 4 runs" for x in (0.3, 0.15, 0.3, 0.6)
+    ]
+    assert rows[1][1:5] == [
+        ends,
+        "+0.000 [+0.000, +0.000] 0 of 4",
+        "+0.150 [+0.100, +0.200] 4 of 4",
+        "+0.300 [+0.200, +0.400] 4 of 4",
+    ]
+    assert rows[1][5:] == ["none gets there"] + ["0.50 [0.50, 0.50] 4 of 4"] * 2 + [
+        "0.50 [0.50, 0.50] 2 of 2",  # seeds 100 and 102 never have the reward 0.6
+        "0.50 [0.50, 0.50] 4 of 4",
+    ]
+    file.open("a").write(json.dumps(made | run | dict(rate=8e-4, options="--task ocr --steps 20")))
+    with pytest.raises(UserError, match="2 kinds of runs of ocr"):
+        allocations.compare("ocr", allocations.TUNING_SEEDS, runs=file)
+
+
+def test_distance_from_the_start(tmp_path, monkeypatch):
+    """At first there is none. Then each KL is that of the policies, each change of the images."""
+    monkeypatch.setattr(star, "Trainer", star.Trainer)  # make_run replaces it
+    options = "--task ocr --iterations 1 --evaluation-prompts 8 --monitor= --ema-decay 0".split()
+    options += f"--learning-rate 1e-3 --evaluate-every 1 --out {tmp_path / 'run'}".split()
+    trainers, init = [], allocations.KindTrainer.__init__
+    both = lambda self, *given: (trainers.append(self), init(self, *given))[0]  # noqa: E731
+    monkeypatch.setattr(allocations.KindTrainer, "__init__", both)
+    run = allocations.make_run(tmp_path / "run", dict(seed=3, kind="spatial"), options)
+    (trainer,), names = trainers, ("all", "inside", "outside")
+    assert all(run[f"{what} {where}"][0] == 0 for what in ("kl", "change") for where in names)
+    assert run["seed"] == 3 and run["images"] == [0, 24] and len(run["reward"]) == 2
+    prompts = evenly_spaced(trainer.task.heldout_prompts, 8)
+    start, noise = star.load_pipeline("tiny/sd3").transformer, torch.Generator().manual_seed(0)
+    latents = torch.randn(8, *trainer.shape, generator=noise)
+    *prompt, core = trainer.encode_prompts(prompts)
+    policy, old, kl = trainer.policy(10), trainer.policy(10), []
+    old.transformer = start
+    for k in range(4):
+        with torch.no_grad():
+            (mean, std), (old_mean, _) = (p.distribution(latents, k, prompt) for p in (policy, old))
+            dt = old.sigmas[k + 1] - old.sigmas[k]
+            latents = latents + dt * old.velocity(latents, k, prompt)
+        kl.append(((mean - old_mean) ** 2 / (2 * std**2)).mean())
+    assert run["kl all"][1] == pytest.approx(statistics.mean(map(float, kl)), rel=1e-3)
+    images = [trainer.start_images, trainer.generate(prompts)]
+    first, second = (torch.tensor(numpy.stack(each)) / 255 for each in images)
+    change = (first - second).abs().mean(-1)
+    assert run["change all"][1] == pytest.approx(change.mean().item(), rel=1e-4)
+    regions = [allocations.true_regions(trainer.task, each) for each in images]
+    inside = (regions[0] | regions[1]).repeat_interleave(4, 1).repeat_interleave(4, 2)
+    assert run["change inside"][1] == pytest.approx(change[inside].mean().item(), rel=1e-4)
+    assert run["change outside"][1] == pytest.approx(change[~inside].mean().item(), rel=1e-4)
+    share = inside.float().mean().item()
+    parts = share * run["kl inside"][1] + (1 - share) * run["kl outside"][1]
+    assert 0.01 < share < 0.5 and run["kl all"][1] == pytest.approx(parts, rel=1e-3)
 
 
 def test_gradient_measures_of_known_gradients():
