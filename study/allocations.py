@@ -165,8 +165,7 @@ def true_regions(task, images):
 
 
 def sign_region(image):
-    """The places that look like a sign: most pixels are shades of one colour of signs, many of them
-    light, and the wall has another colour."""
+    """Where most pixels are shades of one colour of signs, many are light, and the wall differs."""
     pixels = (build.to_tensor([image])[0] / 2 + 0.5) * 255
     wall = pixels.flatten(1).median(1).values
     region, (width, height) = torch.zeros(8, 8, dtype=torch.bool), build.SIGN
@@ -374,49 +373,51 @@ def interval(values, draws=10_000):
 def cell(ours, theirs=None, ratio=False):
     """The median of paired differences or ratios, its interval, and how many are more than 0 or
     less than 1, without pairs of which one did not get there. Alone: the median and how many."""
-    if theirs is None:
-        found = [number for number in ours if number is not None]
-        return f"{statistics.median(found):.3g}, {len(found)} runs" if found else "none gets there"
-    pairs = [pair for pair in zip(ours, theirs) if None not in pair]
-    if not pairs:
-        return "none gets there"
+    pairs = [pair for pair in zip(ours, theirs or ours) if None not in pair]
+    if not (pairs and theirs):
+        alone = [number for number, _ in pairs]
+        return f"{statistics.median(alone):.3g}, {len(alone)} runs" if alone else "none gets there"
     changes = [(a + 1e-12) / (b + 1e-12) if ratio else a - b for a, b in pairs]
     better = sum(change < 1 if ratio else change > 0 for change in changes)
     numbers = statistics.median(changes), *interval(changes)
     median, low, high = (f"{number:.2f}" if ratio else f"{number:+.3f}" for number in numbers)
-    return f"{median} [{low}, {high}] {better} of {len(pairs)}"
+    return f"{median} [{low}, {high}] {better}/{len(pairs)}"
 
 
 def compare(task="ocr", seeds=FRESH_SEEDS, base=0.0, score="reward", runs=RUNS):
-    """Compare kinds of allocation with Flow-GRPO (uniform), seed by seed, in a Markdown table.
+    """Compare kinds of allocation with Flow-GRPO (uniform), seed by seed, in two Markdown tables.
 
-    Flow-GRPO's rows hold medians, the others the median of paired differences (KL and change:
-    ratios) to Flow-GRPO at the same rate or at the rate --base, a 95 % interval of it, and on how
-    many seeds it is better. D is a KL, see `distance_unit`; KL and change are those at which a run
-    has Flow-GRPO's median reward at D/4, D/2, D, and D/2. --score: another number, 'strict GenEval'
-    """
-    table, D = table_of(runs, task, seeds), distance_unit(runs, task)
-    columns = "allocation, rate | end (min to max) | mean over the run | at D/4 | at D/2 | at D"
-    columns += " | KL for D/4 | KL for D/2 | KL for D | change outside"
-    print(f"{task}, {score}: D is {D:.3g}\n\n| {columns} |\n{'| --- ' * 10}|")
+    The first is of rewards, also at the distances D/4, D/2 and D (see `distance_unit`), the second
+    of the distances at which runs have Flow-GRPO's median rewards there. Flow-GRPO's rows hold
+    medians, others the median of paired differences or ratios to Flow-GRPO at the same rate or at
+    --base, its 95 % interval, and on how many seeds it is better, of those where both get there.
+    --score takes another number: 'strict GenEval'."""
+    table, D, lines = table_of(runs, task, seeds), distance_unit(runs, task), ([], [])
     for (kind, rate), of_kind in table.items():
         flow_grpo = table.get(("uniform", base or rate), {})
         seeds = sorted(of_kind.keys() & flow_grpo.keys())
         require(seeds, f"{runs} has no run of uniform at the rate {base or rate} for {kind}")
         sides = [[runs[seed] for seed in seeds] for runs in (of_kind, flow_grpo)]
         sides = sides[:1] if of_kind is flow_grpo else sides
-        ends, goals = [run[score][-1] for run in sides[0]], []
-        cells = [f"{statistics.median(ends):.3f} ({min(ends):.3f} to {max(ends):.3f})"]
-        cells.append(cell(*([area(run, score) for run in side] for side in sides)))
-        for distance in (D / 4, D / 2, D):
-            rewards_there = [first(side, "kl all", distance, score) for side in sides]
-            cells.append(cell(*rewards_there))
-            reached = [reward for reward in rewards_there[-1] if reward is not None]
-            goals.append(statistics.median(reached or [math.inf]))
-        change = "change outside" if "change outside" in sides[0][0] else "change all"
-        for goal, number in *((goal, "kl all") for goal in goals), (goals[1], change):
-            cells.append(cell(*(first(side, score, goal, number) for side in sides), ratio=True))
-        print(f"| {NAMES.get(kind, kind)}, {rate:g} | {' | '.join(cells)} |")
+        ends, row, goals = [run[score][-1] for run in sides[0]], {}, {}
+        row["end"] = f"{statistics.median(ends):.3f} ({min(ends):.3f} to {max(ends):.3f})"
+        row["mean over the run"] = cell(*([area(run, score) for run in side] for side in sides))
+        for at, distance in {"D/4": D / 4, "D/2": D / 2, "D": D}.items():
+            found = [first(side, "kl all", distance, score) for side in sides]
+            row[f"at {at}"] = cell(*found)
+            reached = [reward for reward in found[-1] if reward is not None]
+            goals[f"kl all, {at}"] = statistics.median(reached or [math.inf])
+        name = f"{NAMES.get(kind, kind)}, {rate:g}"
+        lines[0].append({f"{task}, {score}; D = {D:.2g}": name} | row)
+        for part in ("kl inside", "kl outside", "change all", "change inside", "change outside"):
+            goals |= {f"{part}, D/2": goals["kl all, D/2"]} if part in sides[0][0] else {}
+        for what, goal in goals.items():
+            found = (first(side, score, goal, what.split(",")[0]) for side in sides)
+            goals[what] = cell(*found, ratio=True)
+        lines[1].append({f"{task}, distance for {score}": name} | goals)
+    for rows in lines:
+        print(f"\n| {' | '.join(rows[0])} |\n{'| --- ' * len(rows[0])}|")
+        print(*(f"| {' | '.join(row.values())} |" for row in rows), sep="\n")
 
 
 def draw_distance(table, D, path):
@@ -431,12 +432,9 @@ def draw_distance(table, D, path):
 
 def draw_changes(task, table):
     """Draw the mean absolute change of each position, at the end, for {kind: {seed: run}}."""
-    maps = {
-        kind: torch.tensor([run["map"] for run in runs.values()]).mean(0)
-        for kind, runs in table.items()
-    }
-    top, tiles = max(each.max() for each in maps.values()), []
-    for kind, each in maps.items():
+    maps = [torch.tensor([run["map"] for run in runs.values()]).mean(0) for runs in table.values()]
+    top, tiles = torch.stack(maps).max(), []
+    for kind, each in zip(table, maps):
         image = overlay(Image.new("RGB", (8, 8), "white"), each / top, "#e61e1e")
         tiles.append((image, f"{NAMES.get(kind, kind)}: {each.min():.3f} to {each.max():.3f}"))
     return draw_row(task, tiles, side=208)
@@ -451,10 +449,7 @@ def area_under_roc(scores, truth):
 
 @torch.no_grad()
 def sign_quality(trainer, images):
-    """{blocks: {step: [area under the ROC curve]}} of a sign's text.
-
-    Pictures of signs in known places are noised to the level of each step, as in a rollout.
-    """
+    """{blocks: {step: [area]}} of a sign's text, in pictures noised to the level of each step."""
     rng, texts, vae = random.Random(7), build.all_targets(held_out=True), trainer.pipe.vae
     shots = [build.picture(rng, texts, sign_share=1.0) for _ in range(images)]
     truth = torch.zeros(len(shots), 8, 8, dtype=torch.bool)
@@ -551,7 +546,7 @@ def estimate(trainer, kinds, steps):
     prompts = [task.prompts[i] for i in order]
     samples, embedded, _, _, advantages = sample_groups(trainer, prompts, steps)
     maps = [changed_maps(kind, task, trainer.pipe, samples) for kind in kinds]
-    weights = [star.allocation_weights(each, trainer.shape[1:]) for each in maps]
+    weights = [star.allocation_weights(each, trainer.shape[1:], lam=1.0) for each in maps]
     policy, options = trainer.policy(args.steps), dict(retain_graph=True, materialize_grads=True)
     for j, k in enumerate(steps):
         mean, std = policy.distribution(samples.latents[:, k], k, embedded)
@@ -604,7 +599,7 @@ def problem(save=Path("problem.png"), more=()):
     torch.manual_seed(seed)
     prompt = prompts[seed % len(prompts)]
     samples, _, images, values, advantages = sample_groups(trainer, [prompt], (1, 2, 3))
-    weights = star.allocation_weights(samples.maps, (8, 8))[:, 2]  # of step 3
+    weights = trainer.allocation(samples)[:, 2]  # of step 3
     for i, colour in (values.argmax(), "#285ae6"), (values.argmin(), "#e61e1e"):
         image, A, w, top = images[i], advantages[i], weights[i], weights[i].max()
         tiles = [
