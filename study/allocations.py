@@ -30,8 +30,7 @@ from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw, ImageFont, ImageStat
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.insert(0, str(Path(__file__).parent.parent / "tiny"))
+sys.path[:0] = [str(Path(__file__).parent.parent / folder) for folder in (".", "tiny")]
 import build
 
 import rewards
@@ -339,8 +338,9 @@ def table_of(file, task, seeds):
 
 
 def distance_unit(file, task):
-    """D: the median final KL of Flow-GRPO's tuning runs at the first of the rates."""
-    runs = table_of(file, task, TUNING_SEEDS)["uniform", float(RATES.split(",")[0])]
+    """D: the median final KL of Flow-GRPO's runs at 4e-4 with the seeds 100 to 103."""
+    runs = table_of(file, task, TUNING_SEEDS).get(("uniform", 4e-4))
+    require(runs, f"{file} has no run of uniform at 4e-4 with {task} and seeds {TUNING_SEEDS}")
     return statistics.median(run["kl all"][-1] for run in runs.values())
 
 
@@ -387,11 +387,11 @@ def cell(ours, theirs=None, ratio=False):
 def compare(task="ocr", seeds=FRESH_SEEDS, base=0.0, score="reward", runs=RUNS):
     """Compare kinds of allocation with Flow-GRPO (uniform), seed by seed, in two Markdown tables.
 
-    The first is of rewards, also at the distances D/4, D/2 and D (see `distance_unit`), the second
-    of the distances at which runs have Flow-GRPO's median rewards there. Flow-GRPO's rows hold
-    medians, others the median of paired differences or ratios to Flow-GRPO at the same rate or at
-    --base, its 95 % interval, and on how many seeds it is better, of those where both get there.
-    --score takes another number: 'strict GenEval'."""
+    The first is of rewards, also at KL D/4, D/2 and D, the median final KL of Flow-GRPO at 4e-4.
+    The second is of distances at Flow-GRPO's median rewards there. Flow-GRPO's rows hold medians,
+    others the median of paired differences or ratios to Flow-GRPO at the same rate or at --base,
+    its 95 % interval, and on how many seeds it is better, of those where both get there. --score
+    takes another number: 'strict GenEval'."""
     table, D, lines = table_of(runs, task, seeds), distance_unit(runs, task), ([], [])
     for (kind, rate), of_kind in table.items():
         flow_grpo = table.get(("uniform", base or rate), {})
@@ -409,8 +409,8 @@ def compare(task="ocr", seeds=FRESH_SEEDS, base=0.0, score="reward", runs=RUNS):
             goals[f"kl all, {at}"] = statistics.median(reached or [math.inf])
         name = f"{NAMES.get(kind, kind)}, {rate:g}"
         lines[0].append({f"{task}, {score}; D = {D:.2g}": name} | row)
-        for part in ("kl inside", "kl outside", "change all", "change inside", "change outside"):
-            goals |= {f"{part}, D/2": goals["kl all, D/2"]} if part in sides[0][0] else {}
+        parts = ("kl inside", "kl outside", "change all", "change inside", "change outside")
+        goals |= {f"{part}, D/2": goals["kl all, D/2"] for part in parts if part in sides[0][0]}
         for what, goal in goals.items():
             found = (first(side, score, goal, what.split(",")[0]) for side in sides)
             goals[what] = cell(*found, ratio=True)
@@ -517,8 +517,8 @@ def map_quality(images=96, save=Path("map-quality.png"), more=()):
     The words are a sign's text or, with --task geneval, words of --images prompts by their kind.
     """
     trainer = load_trainer(more)
-    measure = object_quality if isinstance(trainer.task, GenEval) else sign_quality
-    lines = measure(trainer, images)
+    objects = isinstance(trainer.task, GenEval)
+    lines = object_quality(trainer, images) if objects else sign_quality(trainer, images)
     require(lines, "no image is right; use more --images")
     for name, points in lines.items():
         print(f"{name:<16}" + "".join(f"{area:7.3f}" for (area,) in points.values()))
@@ -588,8 +588,7 @@ def gradients(repeats=40, save=Path("gradients.png"), more=()):
         lines[kind][k] = [agreement - error, agreement + error]
         numbers = f"agreement {agreement:.3f} +- {error:.3f}, variance {variance:.2g}"
         print(f"{NAMES.get(kind, kind)}, step {k}: {numbers}")
-    up = f"agreement of {repeats} estimates, {trainer.args.task}; band: standard error"
-    draw_lines(save, lines, "denoising step", up)
+    draw_lines(save, lines, "denoising step", f"agreement of {repeats} estimates, standard error")
 
 
 def problem(save=Path("problem.png"), more=()):
