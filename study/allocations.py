@@ -30,7 +30,8 @@ from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw, ImageFont, ImageStat
 from tqdm import tqdm
 
-sys.path[:0] = [str(Path(__file__).parent.parent / folder) for folder in (".", "tiny")]
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tiny"))
 import build
 
 import rewards
@@ -331,10 +332,9 @@ def table_of(file, task, seeds):
         if run["task"] == task and f"{run['seed']}" in seeds.split(","):
             table[run["kind"], run["rate"]][run["seed"]] = run
             schedules.add((run["options"], *run["images"]))
-    found = f"{file} has {len(schedules)} kinds of runs of {task} with seeds {seeds}"
-    require(len(schedules) == 1, f"{found}, not one: {[one[0] for one in schedules]}")
-    kinds = (KINDS + CONTROLS).split(",")
-    return dict(sorted(table.items(), key=lambda each: (kinds.index(each[0][0]), each[0][1])))
+    found = f"{[each[0] for each in schedules]}; {file} needs those of one set of options"
+    require(len(schedules) == 1, f"runs of {task} with seeds {seeds}: {found}")
+    return dict(sorted(table.items(), key=lambda each: (each[0][0] != "uniform", each[0])))
 
 
 def distance_unit(file, task):
@@ -517,11 +517,11 @@ def map_quality(images=96, save=Path("map-quality.png"), more=()):
     The words are a sign's text or, with --task geneval, words of --images prompts by their kind.
     """
     trainer = load_trainer(more)
-    objects = isinstance(trainer.task, GenEval)
-    lines = object_quality(trainer, images) if objects else sign_quality(trainer, images)
-    require(lines, "no image is right; use more --images")
+    quality = object_quality if isinstance(trainer.task, GenEval) else sign_quality
+    lines = quality(trainer, images)
     for name, points in lines.items():
         print(f"{name:<16}" + "".join(f"{area:7.3f}" for (area,) in points.values()))
+    require(lines, "no image is right; use more --images")
     draw_lines(save, lines, "denoising step", "area under the ROC curve, 0.5 is chance")
 
 

@@ -118,7 +118,7 @@ def test_comparison_by_hand(tmp_path, capsys):
     half = "0.50 [0.50, 0.50] "  # seeds 100 and 102 never have the reward 0.6
     assert rows[7] == [half + "4/4", half + "4/4", half + "2/2", half + "4/4"]
     file.open("a").write(json.dumps(made | run | dict(rate=8e-4, options="--task ocr --steps 20")))
-    with pytest.raises(UserError, match="2 kinds of runs of ocr"):
+    with pytest.raises(UserError, match="needs those of one set of options"):
         allocations.compare("ocr", allocations.TUNING_SEEDS, runs=file)
 
 
