@@ -295,7 +295,7 @@ def train(kinds=KINDS, rates=RATES, seeds=TUNING_SEEDS, runs=RUNS, more=()):
             shutil.rmtree(folders[done])  # hundreds of runs would fill the disk
 
 
-def all_(runs=Path("study/runs.jsonl"), figures=Path("study/figures")):
+def all_(seeds=FRESH_SEEDS, runs=Path("study/runs.jsonl"), figures=Path("study/figures")):
     """Make the runs of study/RESULTS.md that are not in the file --runs, its tables and figures."""
     ranks, rows = defaultdict(list), []
     for task, options in STUDY.items():
@@ -309,9 +309,9 @@ def all_(runs=Path("study/runs.jsonl"), figures=Path("study/figures")):
         for kind, rate in means:
             print(f"{task}, {kind} at {rate:g}: mean over the run {means[kind, rate]:.3f}")
             if kind in ("uniform", "spatial") or rate == best[kind]:
-                train(kind, f"{rate}", FRESH_SEEDS, runs, more)
-        compare(task, runs=runs)
-        table = {kind: table_of(runs, task, FRESH_SEEDS)[kind, best[kind]] for kind in NAMES}
+                train(kind, f"{rate}", seeds, runs, more)
+        compare(task, seeds, runs=runs)
+        table = {kind: table_of(runs, task, seeds)[kind, best[kind]] for kind in NAMES}
         draw_distance(table, distance_unit(runs, task), figures / task / "distance.png")
         rows.append(draw_changes(task, table))
     print({kind: statistics.mean(places) for kind, places in ranks.items()}, "mean ranks")
