@@ -48,6 +48,7 @@ STUDY = {  # the options of star.py for each task of the comparison
     "pickscore": "--iterations=10 --evaluate-every=2",
     "geneval": "--iterations=20 --evaluate-every=4 --monitor=",
 }
+rewards.silence_libraries()  # also in the processes of `train`
 COLOURS = "#1f77b4 #d62728 #2ca02c #9467bd #ff7f0e #17becf".split()
 
 
@@ -631,7 +632,6 @@ def main(argv=None):
                 kind, shown = str if default is None else type(default), "default: %(default)s"
                 command.add_argument(option, type=kind, default=default, help=shown)
     args, more = parser.parse_known_args(argv)
-    rewards.silence_libraries()
     options = vars(args) | ({} if args.function in (all_, compare) else {"more": more})
     if more and "more" not in options:
         parser.error(f"unrecognized arguments: {' '.join(more)}")
