@@ -168,7 +168,7 @@ def test_1_weights_have_mean_one(allocation, dims):
         for each in (weights, half):
             assert (each.mean(dims) - 1).abs().max() < 1e-5
     maps[0], maps[1, 2, 3, 4] = 0, math.nan
-    without, broken, whole = allocation_weights(maps, SIZE, allocation)
+    without, broken, whole = allocation_weights(maps, SIZE, allocation, lam)
     assert (without == 1).all() and broken[2].isnan().any() and torch.equal(whole, weights[2])
 
 
@@ -222,7 +222,7 @@ def test_2_uniform_is_flow_grpo(pipe, guidance):
     tensors = (torch.stack(names[x], 1) for x in ("trajectory", "log_probs", "maps"))
     samples = star.Rollout(scene.prompt, range(3), *tensors)
     transformer.zero_grad()
-    log_prob, weights = scene.log_prob(samples), allocation_weights(samples.maps, SIZE)
+    log_prob, weights = scene.log_prob(samples), allocation_weights(samples.maps, SIZE, lam=1.0)
     star_loss(log_prob, samples.log_prob, advantages, weights, 1e-2)[0].backward()
     assert difference(new, 3 * gradient(transformer)) < 1e-5  # the sum over three steps
 

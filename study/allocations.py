@@ -38,7 +38,7 @@ import rewards
 import star
 from rewards import OCR, GenEval, Task, UserError, naming, require, scores
 
-NAMES = {"uniform": "Flow-GRPO", "spatial": "STAR"}  # the other kinds have no other name
+NAMES = {"uniform": "Flow-GRPO", "spatiotemporal0.5": "STAR"}  # the other kinds have no other name
 KINDS = "uniform,spatial,spatial0.5,spatiotemporal,spatiotemporal0.5"
 CONTROLS, RATES = ",shuffled,oracle", "4e-4,8e-4"
 TUNING_SEEDS, FRESH_SEEDS = "100,101,102,103", "20,21,22,23,24,25,26,27,28,29"
@@ -309,12 +309,12 @@ def all_(seeds=FRESH_SEEDS, runs=Path("study/runs.jsonl"), figures=Path("study/f
             ranks[kind].append(place + 1)
         for kind, rate in means:
             print(f"{task}, {kind} at {rate:g}: mean over the run {means[kind, rate]:.3f}")
-            if kind in ("uniform", "spatial") or rate == best[kind]:
+            if kind in ("spatial", *NAMES) or rate == best[kind]:
                 train(kind, f"{rate}", seeds, runs, more)
         compare(task, seeds, runs=runs)
-        table = {kind: table_of(runs, task, seeds)[kind, best[kind]] for kind in NAMES}
+        table = table_of(runs, task, seeds)
         draw_distance(table, distance_unit(runs, task), figures / task / "distance.png")
-        rows.append(draw_changes(task, table))
+        rows.append(draw_changes(task, {kind: table[kind, 8e-4] for kind in NAMES}))
     print({kind: statistics.mean(places) for kind, places in ranks.items()}, "mean ranks")
     rewards.write(figures / "changes.png", make_image_grid(rows, rows=len(rows), cols=1).save)
 
@@ -422,12 +422,12 @@ def compare(task="ocr", seeds=FRESH_SEEDS, base=0.0, score="reward", runs=RUNS):
 
 
 def draw_distance(table, D, path):
-    """Draw held-out reward against KL for {kind: {seed: run}}, as far as all runs of a kind go."""
+    """Draw held-out reward against KL of the kinds in NAMES, as far as all runs of a line go."""
     lines, step = defaultdict(dict), float(f"{D / 12:.0e}")
-    for (kind, runs), n in itertools.product(table.items(), range(30)):
+    for ((kind, rate), runs), n in itertools.product(table.items(), range(24)):
         values = first(runs.values(), "kl all", n * step, "reward")
-        if None not in values:
-            lines[kind][round(n * step * 1e4, 3)] = values
+        if kind in NAMES and None not in values:
+            lines[f"{NAMES[kind]}, {rate:g}"][round(n * step * 1e4, 3)] = values
     draw_lines(path, lines, "KL from the starting policy, 1e-4", "held-out reward")
 
 
@@ -547,7 +547,7 @@ def estimate(trainer, kinds, steps):
     prompts = [task.prompts[i] for i in order]
     samples, embedded, _, _, advantages = sample_groups(trainer, prompts, steps)
     maps = [changed_maps(kind, task, trainer.pipe, samples) for kind in kinds]
-    weights = [star.allocation_weights(each, trainer.shape[1:], lam=1.0) for each in maps]
+    weights = [star.allocation_weights(each, trainer.shape[1:], "spatial", 1.0) for each in maps]
     policy, options = trainer.policy(args.steps), dict(retain_graph=True, materialize_grads=True)
     for j, k in enumerate(steps):
         mean, std = policy.distribution(samples.latents[:, k], k, embedded)

@@ -60,7 +60,7 @@ EARLY = """
     --prompts IN/long.txt | 2 of 3 prompts have no core words within the token limit; change them
     --resume; --out IN/lost --resume; --out IN/dangling --resume | no checkpoint: use another --out
     --out IN/run; --out IN/lost | holds a run: use --resume or another --out
-    --out IN/run --resume --lam 0.5 | was run with other settings: {'lam': 1.0}
+    --out IN/run --resume --lam 1 | was run with other settings: {'lam': 0.5}
     --out IN/run --resume --prompts IN/other.txt | other settings: {'checksum of prompts
     --out IN/run --resume --model IN/similar | other settings: {'checksum of prompts
     --out IN/damaged --resume | damaged/checkpoint/3: Expecting value
