@@ -605,7 +605,7 @@ class Arguments:  # comments are the text of --help; (LOW to HIGH) in them is ch
     evaluation_prompts: int = 96  # held-out prompts per evaluation, one image each
     monitor: str = "pickscore,signs"  # tasks whose rewards are logged, but not trained
     save_every: int = 10  # iterations between checkpoints
-    allocation: Literal["uniform", "spatial", "spatiotemporal"] = "spatiotemporal"  # see part 2
+    allocation: Literal["uniform", "spatial", "spatiotemporal"] = "spatiotemporal"  # of advantages
     lam: float = 0.5  # strength of the allocation; 0 is uniform (0 to 1)
     prompts_per_iteration: int = 3  # N, prompts per iteration
     group_size: int = 8  # G, images per prompt (2 to 1000000)

@@ -122,6 +122,24 @@ def test_comparison_by_hand(tmp_path, capsys):
         allocations.compare("ocr", allocations.TUNING_SEEDS, runs=file)
 
 
+def test_tables_of_results_are_those_of_the_runs(capsys):
+    for task in allocations.STUDY:
+        allocations.compare(task, allocations.TUNING_SEEDS, runs=Path("study/runs.jsonl"))
+
+    def tables(text):
+        for block in text.split("\n\n"):
+            rows = [line[2:-2].split(" | ") for line in block.strip().splitlines()]
+            if re.match("distance for|reward; D", rows[0][0].partition(", ")[2] if rows else ""):
+                yield rows[0][0], {row[0]: dict(zip(rows[0], row)) for row in rows[2:]}
+
+    made = dict(tables(capsys.readouterr().out))
+    shown = dict(tables(Path("study/RESULTS.md").read_text()))
+    assert len(made) == 6 and len(shown) == 4
+    for title, rows in shown.items():
+        for name, row in rows.items():
+            assert len(row) >= 5 and row.items() <= made[title][name].items()
+
+
 def test_distance_from_the_start(tmp_path, monkeypatch):
     """At first there is none. Then each KL is that of the policies, each change of the images."""
     monkeypatch.setattr(star, "Trainer", star.Trainer)  # make_run replaces it
