@@ -253,8 +253,7 @@ def run_options(kind, more, **fixed):
 
 
 def make_run(folder, about, options):
-    """Make a run, or continue one that was interrupted. What it prints goes to FOLDER.log. Returns
-    what it is `about`, and a list per number with an entry per evaluation."""
+    """Make or continue a run, which prints to FOLDER.log: `about` it, and a list per number."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     options = options + ["--resume"] * len(star.checkpoints(folder))
     torch.manual_seed(about["seed"])  # of the shuffled maps
@@ -397,7 +396,8 @@ def compare(task="ocr", seeds=FRESH_SEEDS, base=0.0, score="reward", runs=RUNS):
     for (kind, rate), of_kind in table.items():
         flow_grpo = table.get(("uniform", base or rate), {})
         seeds = sorted(of_kind.keys() & flow_grpo.keys())
-        require(seeds, f"{runs} has no run of uniform at the rate {base or rate} for {kind}")
+        lost = f"{runs} has no {score} of {kind}, or no run of uniform at {base or rate}"
+        require(seeds and score in of_kind[seeds[0]], lost)
         sides = [[runs[seed] for seed in seeds] for runs in (of_kind, flow_grpo)]
         sides = sides[:1] if of_kind is flow_grpo else sides
         ends, row, goals = [run[score][-1] for run in sides[0]], {}, {}
