@@ -120,8 +120,7 @@ def maps(prompts, words=None, save=Path("maps.png"), more=()):
     """Show where a model looks for --words of your prompts, in one image.
 
     Five denoising steps have a column each: the image that the model predicts there, in grey, and
-    the attention to the words, in red. Without --words: the quoted text or all content words.
-    """
+    the attention to the words, in red. Without --words: the quoted text or all content words."""
     options = ["--stochastic-range=0-0", "--stochastic-steps=1", "--kl-weight=0", "--ema-decay=0"]
     task, rows, whole = Task(), [], re.compile(rf"(?<!\w){re.escape(words or '')}(?!\w)", re.I)
     task.core_spans = lambda prompt: [match.span() for match in whole.finditer(prompt)]
@@ -289,7 +288,7 @@ def train(kinds=KINDS, rates=RATES, seeds=TUNING_SEEDS, runs=RUNS, more=()):
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(None, spawn, torch.set_num_threads, (1,)) as pool:  # one per core
         folders = {pool.submit(make_run, *job): job[0] for job in jobs}
-        for done in tqdm(as_completed(folders), "runs", len(jobs)):
+        for done in tqdm(as_completed(folders), "runs", len(jobs), disable=not jobs):
             with open(runs, "a") as file:
                 file.write(json.dumps(done.result()) + "\n")
             shutil.rmtree(folders[done])  # hundreds of runs would fill the disk
@@ -301,20 +300,23 @@ def all_(seeds=FRESH_SEEDS, runs=Path("study/runs.jsonl"), figures=Path("study/f
     for task, options in STUDY.items():
         more = ["--task", task, *options.split()]
         train(KINDS, RATES, TUNING_SEEDS, runs, more)
-        tuned = table_of(runs, task, TUNING_SEEDS)
-        means = {key: statistics.mean(map(area, each.values())) for key, each in tuned.items()}
-        best = dict(sorted(means, key=means.get))  # of a kind's rates the last one stays
-        for place, kind in enumerate(sorted(best, key=lambda kind: -means[kind, best[kind]])):
-            ranks[kind].append(place + 1)
-        for kind, rate in means:
-            print(f"{task}, {kind} at {rate:g}: mean over the run {means[kind, rate]:.3f}")
-            if kind in ("spatial", *NAMES) or rate == best[kind]:
-                train(kind, f"{rate}", seeds, runs, more)
+        for which in dict.fromkeys((TUNING_SEEDS, seeds)):
+            table = table_of(runs, task, which)
+            means = {key: statistics.mean(map(area, each.values())) for key, each in table.items()}
+            if which == TUNING_SEEDS:
+                best = dict(sorted(means, key=means.get))  # of a kind's rates the last one stays
+                for kind, rate in means:
+                    if kind in ("spatial", *NAMES) or rate == best[kind]:
+                        train(kind, f"{rate}", seeds, runs, more)
+            for place, kind in enumerate(sorted(best, key=lambda kind: -means[kind, best[kind]])):
+                ranks[kind, which].append(place + 1)
+                mean = f"mean over the run {means[kind, best[kind]]:.3f}"
+                print(f"{task}, seeds {which}: {kind} at {best[kind]:g}, {mean}")
         compare(task, seeds, runs=runs)
-        table = table_of(runs, task, seeds)
         draw_distance(table, distance_unit(runs, task), figures / task / "distance.png")
         rows.append(draw_changes(task, {kind: table[kind, 8e-4] for kind in NAMES}))
-    print({kind: statistics.mean(places) for kind, places in ranks.items()}, "mean ranks")
+    for (kind, which), places in ranks.items():
+        print(f"{kind}, seeds {which}: mean rank {statistics.mean(places):.2f}")
     rewards.write(figures / "changes.png", make_image_grid(rows, rows=len(rows), cols=1).save)
 
 
@@ -515,8 +517,7 @@ def object_quality(trainer, images):
 def map_quality(images=96, save=Path("map-quality.png"), more=()):
     """Measure how well the maps find what the words mean, at each denoising step.
 
-    The words are a sign's text or, with --task geneval, words of --images prompts by their kind.
-    """
+    The words are a sign's text or, with --task geneval, words of --images prompts by their kind."""
     trainer = load_trainer(more)
     quality = object_quality if isinstance(trainer.task, GenEval) else sign_quality
     lines = quality(trainer, images)
@@ -571,8 +572,7 @@ def gradients(repeats=40, save=Path("gradients.png"), more=()):
     """Measure how much signal is in an estimate of the gradient from the images of one iteration.
 
     variance is E |estimate - signal|^2, where the signal is the expected estimate. agreement is the
-    mean cosine of two estimates, 1 / (1 + variance / |signal|^2), with the jackknife's errors.
-    """
+    mean cosine of two estimates, 1 / (1 + variance / |signal|^2), with the jackknife's errors."""
     require(repeats > 2, f"--repeats is {repeats}; standard errors need 3 or more")
     trainer, steps, estimates, lines = load_trainer(more), range(6), [], defaultdict(dict)
     kinds = ["uniform", "spatial", "shuffled"]
