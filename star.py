@@ -325,10 +325,10 @@ def allocation_weights(maps, size, allocation="spatiotemporal", lam=0.5):
 
     Unequal weights bias the gradient: the unbiased one uses the same A everywhere. The bet is that
     positions which barely affect the reward add more noise than signal. Which lam? 0.5 leaves half
-    of the advantage everywhere. 1 learned no faster than 0.5 where core words alone decide the
-    reward, and more slowly where the rest counts. 0 is Flow-GRPO: as fast as 0.5 over three
-    rewards, and the choice for one about the whole image. `weight_peak` in the metrics, the mean of
-    each map's largest weight, says how uneven weights are: near 1 they change nothing.
+    of the advantage everywhere. On the miniature 1 learned writing no faster than 0.5, and
+    preference more slowly. 0 is Flow-GRPO: as fast as 0.5 over three rewards, and the choice for
+    one about the whole image, where 1 was slower. `weight_peak` in the metrics, the mean of each
+    map's largest weight, says how uneven weights are: near 1 they change nothing.
     """
     maps = F.interpolate(maps.float(), size=size, mode="nearest")  # to each token's 2 x 2 latents
     first = {"spatial": 2, "spatiotemporal": 1}[allocation]
