@@ -419,14 +419,12 @@ def load_part(args, name, frozen):
 @torch.no_grad()
 def encode(pipe, prompts, max_sequence_length):
     """Prompts -> (context [B, L, features], pooled [B, features])."""
-    encoders = [pipe.text_encoder, pipe.text_encoder_2]
-    if pipe.text_encoder_3:
-        encoders.append(pipe.text_encoder_3)
-    with offload_models(*encoders, device=DEVICE):
+    encoders = [pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3]
+    with offload_models(*filter(None, encoders), device=DEVICE):
         context, _, pooled, _ = pipe.encode_prompt(
             prompts,
-            prompt_2=None,
-            prompt_3=None,
+            None,  # the second and the third encoder get the same prompts
+            None,
             device=DEVICE,
             do_classifier_free_guidance=False,
             max_sequence_length=max_sequence_length,
@@ -467,13 +465,14 @@ class Trainer:
             self.transformer.enable_gradient_checkpointing()
 
         parameters = self.transformer.parameters()
-        settings = {"lr": args.learning_rate, "weight_decay": 1e-4}
         if args.optimizer == "adamw":
-            self.optimizer = torch.optim.AdamW(parameters, **settings)
+            self.optimizer = torch.optim.AdamW(parameters, args.learning_rate, weight_decay=1e-4)
         else:
             # eps[0] is the smallest gradient that counts in full. By default it is 1e-7, and ours
             # can be as small as 1e-8. With 1.0 for eps[1] a step is as long as AdamW's.
-            self.optimizer = torch.optim.Adafactor(parameters, eps=(1e-18, 1.0), **settings)
+            self.optimizer = torch.optim.Adafactor(
+                parameters, args.learning_rate, weight_decay=1e-4, eps=(1e-18, 1.0)
+            )
 
         # Without its cache, which would keep bfloat16 copies of the weights.
         self.autocast = torch.autocast(DEVICE, torch.bfloat16, args.bfloat16, False)
@@ -703,7 +702,6 @@ PRESETS = {
         "batch_size": 48,
         "iterations": 30,
         "evaluate_every": 15,
-        "evaluation_prompts": 120,
         "learning_rate": 3e-4,
         "same_noise": False,
     },
@@ -766,11 +764,11 @@ def make_parser():
     option("--prompts", help="file with one training prompt per line; each task has its own")
     option("--heldout-prompts", help="the same for evaluation")
     option("--out", help="output folder; runs/TASK-ALLOCATION-SEED if not given")
-    option("--resume", action=switch, default=False, help="continue the run in the output folder")
+    option("--resume", action="store_true", help="continue the run in the output folder")
     option("--seed", type=int, default=0, help="seed of prompts and noise")
     option("--iterations", type=positive, default=28, help="of sampling, scoring and updating")
     option("--evaluate-every", type=positive, default=14, help="iterations between evaluations")
-    option("--evaluation-prompts", type=positive, default=96, help="held-out prompts to evaluate")
+    option("--evaluation-prompts", type=positive, default=120, help="held-out prompts to evaluate")
     option("--monitor", default="", help="tasks that are logged, but not trained")
     option(
         "--allocation",
@@ -819,16 +817,18 @@ def parse_arguments(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
     try:
+        index = StableDiffusion3Pipeline.load_config(args.model)
+        has_t5 = index["text_encoder_3"][0] is not None
         config = SD3Transformer2DModel.load_config(args.model, subfolder="transformer")
-        full_size = config["sample_size"] >= 64  # latents; the miniature has 16 x 16
     except (OSError, ValueError, KeyError) as error:
         sys.exit(
             f"--model {args.model} must be a pipeline of Stable Diffusion 3, as a folder or a name "
             "on the hub. Make one with diffusers from a single file (from_single_file), or from a "
             f"model and its adapter (fuse_lora). A gated one needs `hf auth login`. ({error})"
         )
+    full_size = config["sample_size"] >= 64  # latents; the miniature has 16 x 16
     preset = PRESETS["full size"] if full_size else PRESETS.get(args.task, {})
-    parser.set_defaults(full_size=full_size, **preset)
+    parser.set_defaults(full_size=full_size, t5=has_t5, **preset)
     args = parser.parse_args(argv)
 
     images = args.prompts_per_iteration * args.group_size
@@ -900,13 +900,14 @@ def draw_samples(images, rewards, prompts):
 
 
 def show_prompts(trainer):
-    """Say what is trained. Count the prompts whose core words are beyond the limit of tokens."""
+    """Say what is trained. The core words of some prompts may be beyond the limit of tokens."""
     prompts = trainer.task.prompts
     words = [prompts[0][start:end] for start, end in trainer.task.core_spans(prompts[0])]
-    print(f"{len(prompts)} training prompts. The first: {prompts[0]} (core words: {words})")
-    lost = (~trainer.core_tokens(prompts).any(dim=1)).sum()
-    if lost > 0:
-        print(f"{lost} have no core words among their tokens: they train as with --lam 0")
+    without = (~trainer.core_tokens(prompts).any(dim=1)).sum()
+    print(
+        f"{len(prompts)} training prompts. The first: {prompts[0]} (core words: {words})\n"
+        f"{without} have no core words among their tokens: they train as with --lam 0"
+    )
 
 
 def main(argv=None):
