@@ -27,16 +27,14 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 
 import rewards
 import star
-from rewards import OCR, Detection, GenEval, PickScore, make_task, quoted_span
+from rewards import OCR, PickScore, make_task, quoted_span
 from star import AttentionAllocator, allocation_weights, position_log_prob, sde_step, star_loss
 
 sys.path.insert(0, str(Path(__file__).parent / "tiny"))
@@ -161,98 +159,42 @@ def test_1_weights_without_core_words_are_one_and_nan_stays_visible():
     assert broken[2].isnan().any()
 
 
-@pytest.mark.parametrize("guidance", [1.0, 4.5])
-def test_2_uniform_is_flow_grpo(pipe, guidance):
-    """Both sides of the transplant's diff as they stand. The old one is Flow-GRPO's objective: one
-    scalar ratio per image and step, and no gradient through the unconditional half. With lam = 0
-    the gradient is the same, else it is star.py's."""
-    pipeline = copy.deepcopy(pipe)
-    scene = Scene(pipeline, guidance)
-    scene.steps = range(3)
-    sigmas = scene.policy.sigmas
-    scheduler = pipeline.scheduler
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.5])
+def test_2_without_allocation_the_gradient_is_that_of_flow_grpo(pipe, guidance_scale):
+    """With lam = 0 the first gradient is that of Flow-GRPO's objective: a ratio per image and step,
+    and with guidance none through the unconditional half. With lam = 1 it is another."""
+    scene = Scene(pipe, guidance_scale)
+    samples = scene.rollout()
+    maps = torch.stack(samples.maps, dim=1)
     advantages = torch.tensor([0.8, -1.3])
-    context, pooled = scene.prompt
-    empty_context, empty_pooled = scene.policy.empty_prompt
-    both_contexts = torch.cat([empty_context.expand_as(context), context])
-    both_pooled = torch.cat([empty_pooled.expand_as(pooled), pooled])
 
-    def predict(transformer, latents, timestep):
-        latents = torch.cat([latents] * 2)
-        timestep = torch.cat([timestep] * 2)
-        output = transformer(latents, both_contexts, both_pooled, timestep, return_dict=False)
-        unconditional, conditional = output[0].chunk(2)
-        unconditional = unconditional.detach()
-        return unconditional + guidance * (conditional - unconditional)
-
-    def sde_step_with_logprob(scheduler, velocity, timestep, latents, prev_sample=None):
-        """flow_grpo's interface: a log-probability per image, and a std without sqrt(-dt)."""
-        k = scheduler.index_for_timestep(timestep[0])
-        mean, std = sde_step(latents, velocity, sigmas[k], sigmas[k + 1], sigmas[1], 0.7)
-        sample = prev_sample
-        if sample is None:
-            sample = mean + std * torch.randn(latents.shape)
-        log_prob = Normal(mean, std).log_prob(sample).mean((1, 2, 3))
-        std_dev_t = torch.full((2, 1, 1, 1), std / math.sqrt(sigmas[k] - sigmas[k + 1]))
-        return sample, log_prob, mean, std_dev_t
-
-    diff = code_block("study/TRANSPLANT.md", "diff", "sde_step_with_logprob").split("\n")
-
-    def run(other_side, lam):
-        """The gradient of a side of the diff, and the names that it has defined."""
-
-        def weights_of(maps, size):
-            return allocation_weights(maps, size, lam=lam)
-
-        names = {
-            "torch": torch,
-            "predict": predict,
-            "sde_step_with_logprob": sde_step_with_logprob,
-            "core_tokens_of": star.core_tokens_of,
-            "AttentionAllocator": AttentionAllocator,
-            "allocation_weights": weights_of,
-            "position_log_prob": position_log_prob,
-            "star_loss": star_loss,
-            "pipeline": pipeline,
-            "transformer": scene.transformer,
-            "scheduler": scheduler,
-            "timesteps": scheduler.timesteps[:3, None].expand(3, 2),
-            "prompts": PROMPTS,
-            "spans": SPANS,
-            "max_sequence_length": build.TOKENS,
-            "latents": scene.noise,
-            "trajectory": [scene.noise],
-            "log_probs": [],
-            "advantages": advantages,
-            "clip_range": 1e-4,
-            "H": 16,
-            "W": 16,
-            "patch_size": 2,
-        }
-        lines = "\n".join(line[2:] for line in diff if line[:1] != other_side)
-        sampling, training = lines.split("# training")
-        torch.manual_seed(5)
+    def gradient_of_star(lam):
         scene.transformer.zero_grad()
-        with torch.no_grad():
-            exec(sampling, names)
-        exec(training, names)
-        return gradient(scene.transformer), names
+        new = scene.log_prob(samples)
+        weights = allocation_weights(maps, SIZE, lam=lam)
+        loss, _, _ = star_loss(new, new.detach(), advantages, weights, 1e-2)
+        loss.backward()
+        return gradient(scene.transformer)
 
-    old, _ = run("+", lam=1.0)
-    same, _ = run("-", lam=0.0)
-    assert difference(same, old) < 1e-5
-    new, names = run("-", lam=1.0)
-    assert F.cosine_similarity(new, old, dim=0) < 0.95  # allocation makes a difference
-
-    samples = scene.rollout(recorded=[])
-    samples.latents = names["trajectory"]
-    weights = allocation_weights(torch.stack(names["maps"], dim=1), SIZE, lam=1.0)
+    without_guidance = replace(scene.policy, guidance_scale=1)
+    context, pooled = scene.policy.empty_prompt
+    empty_prompt = (context.expand(2, -1, -1), pooled.expand(2, -1))
+    sigmas = scene.policy.sigmas
+    objective = 0.0
+    for k in scene.steps:
+        latents = samples.latents[k]
+        conditional = without_guidance.velocity(latents, k, scene.prompt)
+        unconditional = without_guidance.velocity(latents, k, empty_prompt).detach()
+        velocity = unconditional + guidance_scale * (conditional - unconditional)
+        mean, std = sde_step(latents, velocity, sigmas[k], sigmas[k + 1], sigmas[1], 0.7)
+        new = Normal(mean, std).log_prob(samples.latents[k + 1]).mean((1, 2, 3))
+        ratio = (new - new.detach()).exp()
+        objective = objective + (ratio * advantages).mean() / 3
     scene.transformer.zero_grad()
-    log_prob = scene.log_prob(samples)
-    old_log_prob = torch.stack(names["log_probs"], dim=1)
-    loss, _, _ = star_loss(log_prob, old_log_prob, advantages, weights, 1e-2)
-    loss.backward()
-    assert difference(new, 3 * gradient(scene.transformer)) < 1e-5  # the sum over three steps
+    (-objective).backward()
+    flow_grpo = gradient(scene.transformer)
+    assert difference(gradient_of_star(lam=0.0), flow_grpo) < 1e-5
+    assert F.cosine_similarity(gradient_of_star(lam=1.0), flow_grpo, dim=0) < 0.95
 
 
 def test_3_the_hook_changes_nothing(pipe):
@@ -339,24 +281,6 @@ def test_4_map_is_the_brute_force_map(pipe, blocks, guidance_scale, monkeypatch)
     found = scene.map(scene.noise, 2, scene.core, blocks)
     assert_close(found, expected)
     assert found.std() > 1e-3
-
-
-def test_4_maps_of_a_compiled_block(pipe):
-    """With guards on hooks, also if the block was called before and with later allocators."""
-    plain = Scene(pipe)
-    compiled = Scene(copy.deepcopy(pipe))
-    compiled.transformer.transformer_blocks[3].compile(backend="aot_eager")
-    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
-        with torch.no_grad():
-            compiled.velocity()
-        for core in [plain.core, ~plain.core]:
-            plain.core = core
-            compiled.core = core
-            ours = compiled.rollout()
-            theirs = plain.rollout()
-            assert_close(ours.maps, theirs.maps)
-            assert_close(ours.latents, theirs.latents, atol=1e-3, rtol=1e-3)
-    torch._dynamo.reset()
 
 
 def test_4_rollout_keeps_the_map_of_each_step(pipe):
@@ -450,8 +374,6 @@ def test_8_advantages(global_std):
     compared = rewards if global_std else rewards[0]
     std = compared.std(unbiased=False)
     assert_close(advantages[0], (rewards[0] - rewards[0].mean()) / (std + 1e-4))
-    whole = star.group_advantages(torch.tensor([[22, 23, 25]]), global_std)
-    assert torch.equal(whole, star.group_advantages(torch.tensor([[22.0, 23, 25]]), global_std))
 
 
 # -------------------------------------------------------------------------------------------- Runs
@@ -637,19 +559,22 @@ def test_loss_of_star_by_hand():
 
 
 @pytest.mark.parametrize(
-    "log_prob, old_log_prob, advantages, weights",
+    "name, shape",
     [
-        pytest.param((3, 8, 8), (3, 8, 8), (3, 1), (3, 8, 8), id="advantages"),
-        pytest.param((3, 8, 8), (3, 8, 8), (1,), (3, 8, 8), id="one advantage"),
-        pytest.param((3, 8, 8), (3, 8, 8), (3,), (3, 1, 8), id="weights"),
-        pytest.param((3, 8, 8), (1, 8, 8), (3,), (3, 8, 8), id="old log-probabilities"),
-        pytest.param((3, 1, 8, 8), (3, 8, 8), (3,), (3, 8, 8), id="log-probabilities"),
+        ("advantages", (3, 1)),
+        ("advantages", (1,)),
+        ("weights", (3, 1, 8)),
+        ("old_log_prob", (1, 8, 8)),
+        ("log_prob", (3, 1, 8, 8)),
     ],
 )
-def test_star_loss_refuses_what_would_broadcast(log_prob, old_log_prob, advantages, weights):
-    shapes = [log_prob, old_log_prob, advantages, weights]
+def test_star_loss_refuses_what_would_broadcast(name, shape):
+    inputs = {"advantages": torch.zeros(3)}
+    for other in ["log_prob", "old_log_prob", "weights"]:
+        inputs[other] = torch.zeros(3, 8, 8)
+    inputs[name] = torch.zeros(shape)
     with pytest.raises(ValueError, match="shapes must be equal"):
-        star_loss(*[torch.zeros(shape) for shape in shapes], 0.1)
+        star_loss(clip_range=0.1, **inputs)
 
 
 def frozen_iteration(trainer, values, monkeypatch):
@@ -747,7 +672,6 @@ def test_kl_pulls_back_to_the_reference_where_advantages_are(monkeypatch):
     advantages = star.group_advantages(values.view(2, 4)).flatten()
     batches = frozen_iteration(trainer, values, monkeypatch)
     twin = copy.deepcopy(trainer.transformer)
-    start = flat(twin.parameters())
     line = trainer.iterate(3)
 
     policy = replace(trainer.training_policy, transformer=twin)
@@ -767,20 +691,22 @@ def test_kl_pulls_back_to_the_reference_where_advantages_are(monkeypatch):
     norm = torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
     assert line["gradient_norm"] == pytest.approx(norm.item(), rel=1e-3)
     assert norm > 1
-    moved = flat(trainer.transformer.parameters()) - start
-    assert difference(moved, -10 * gradient(twin)) < 1e-3
+    start = twin.proj_out.bias
+    moved = trainer.transformer.proj_out.bias - start
+    assert_close(moved, -10 * start.grad, atol=0, rtol=1e-2)
 
 
 def test_advantages_are_clipped(monkeypatch):
-    trainers = [trainer_of(SIZES), trainer_of(SIZES)]
-    clipped = torch.tensor([[5.0, -5, 1, 2], [0, 0, -5, 5]])
+    trainer = trainer_of(SIZES)
+    frozen_iteration(trainer, RISING, monkeypatch)
     large = torch.tensor([[9.0, -7, 1, 2], [0, 0, -6, 5]])
-    for trainer, advantages in zip(trainers, [clipped, large]):
-        frozen_iteration(trainer, RISING, monkeypatch)
-        monkeypatch.setattr(star, "group_advantages", lambda *_, found=advantages: found)
-        trainer.iterate(3)
-    ours, theirs = [flat(trainer.transformer.parameters()) for trainer in trainers]
-    assert torch.equal(ours, theirs)
+    monkeypatch.setattr(star, "group_advantages", lambda rewards, global_std: large)
+    seen = []
+    monkeypatch.setattr(
+        trainer, "update", lambda batches, advantages: seen.append(advantages) or {}
+    )
+    trainer.iterate(3)
+    assert seen[0].tolist() == [5, -5, 1, 2, 0, 0, -5, 5]
 
 
 def test_the_average_of_the_weights(monkeypatch):
@@ -863,23 +789,6 @@ def test_parts_work_alone_in_another_file(pipe, monkeypatch):
         assert torch.equal(pasted, own)
 
 
-def test_parts_take_video():
-    """[B, C, F, H, W] gives what an image gives that has the frames one below the other."""
-    latents, velocity, noise = torch.randn(3, 2, 4, 3, 8, 8)
-    maps = torch.rand(2, 2, 3, 4, 4)
-
-    def results(latents, velocity, noise, maps, size):
-        mean, std = sde_step(latents, velocity, 0.7, 0.6, 0.9, 0.7)
-        log_prob = position_log_prob(mean + std * noise, mean, std)
-        weights = allocation_weights(maps, size, "spatiotemporal")
-        loss, _, _ = star_loss(0.9 * log_prob, log_prob, torch.eye(2)[0], weights[:, 0], 0.05)
-        return mean.flatten(), log_prob.flatten(), weights.flatten(), loss
-
-    video = results(latents, velocity, noise, maps, size=(3, 8, 8))
-    below = [tensor.flatten(-3, -2) for tensor in [latents, velocity, noise, maps]]
-    assert_close(video, results(*below, size=(24, 8)))
-
-
 # -------------------------------------------------------------------------- Full size, small memory
 def test_defaults_follow_the_model(tmp_path):
     shutil.copytree("tiny/sd3", tmp_path, dirs_exist_ok=True)
@@ -893,8 +802,6 @@ def test_defaults_follow_the_model(tmp_path):
         assert task.models == task.real_models
         assert len(task.prompts) >= 500
         assert not set(task.prompts) & set(task.heldout_prompts)
-        small = star.parse_arguments(["--task", name])
-        assert vars(small).items() >= star.PRESETS[name].items()
     # Flow-GRPO's KL weight is for 2 s^2, ours for 2 std^2: equal on the mean over trained steps.
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(args.steps)
@@ -931,8 +838,6 @@ def test_without_t5_in_bfloat16(tmp_path, capsys):
     )
     context, _ = star.encode(saved, PROMPTS, 20)
     assert context[:, :20].any() and not context[:, 20:].any()
-    core = star.core_tokens_of(saved, PROMPTS, SPANS, 20)
-    assert core.sum(1).tolist() == [3, 3] and not core[:, 20:].any()
     run(tmp_path / "again", *options, str(out / "pipeline"))
 
 
@@ -1102,9 +1007,7 @@ def overflow(tensors, name):
         ("ocr", "sd3", "transformer/diffusion_pytorch_model", "proj_out.bias", spoil),
         ("ocr", "sd3", "vae/diffusion_pytorch_model", "decoder.conv_in.weight", overflow),
         ("ocr", "sd3", "text_encoder/model", "text_projection.weight", rename),
-        ("ocr", "sd3", "text_encoder_3/model", "encoder.final_layer_norm.weight", spoil),
         ("ocr", "ocr", "model", "decoder.model.decoder.layers.0.fc1.bias", lose),
-        ("ocr", "ocr", "model", "decoder.model.decoder.layers.0.fc1.bias", reshape),
         ("pickscore", "clip", "model", "logit_scale", overflow),
         ("geneval", "detector", "model", "class_predictor.weight", rename),
     ],
@@ -1129,20 +1032,6 @@ def test_weights_that_do_not_fit(task, model, part, weight, fault, tmp_path):
 
 
 # -------------------------------------------------------------------------------------- Core words
-def task_of(name, **settings):
-    """A task of the miniature with its models."""
-    task = make_task(star.parse_arguments(["--task", name]))
-    for key, value in settings.items():
-        setattr(task, key, value)
-    task.prepare()
-    return task
-
-
-@pytest.fixture(scope="session")
-def judges():
-    return {name: task_of(name) for name in ["ocr", "geneval", "pickscore"]}
-
-
 def test_core_tokens_are_the_words_in_both_tokenizers(pipe):
     """Where CLIP's start and end tokens leave no room for K7Q, T5 still sees the K."""
     prompts = [PROMPTS[0], "a wall " * 7 + 'with a sign "K7Q"', "a wall " * 20 + '"K7Q"']
@@ -1178,66 +1067,7 @@ def test_core_words_of_pickscore_are_all_but_function_words():
     assert core_words(PickScore(), prompt) == ["sign", "K7Q", "two", "well-known", "balls"]
 
 
-def clause(name, count=1, color=None, position=None):
-    """A clause of the benchmark's metadata."""
-    made = {"class": name, "count": count}
-    if color is not None:
-        made["color"] = color
-    if position is not None:
-        made["position"] = position
-    return made
-
-
-@pytest.mark.parametrize(
-    "prompt, include, words",
-    [
-        ("a red wall with two red balls", [clause("ball", 2)], ["two", "balls"]),
-        ("a red wall, an orange box", [clause("box", 1, "orange")], ["orange", "box"]),
-        (
-            "a ball left of a box",
-            [clause("box"), clause("ball", position=["left of", 0])],
-            ["ball", "left of", "box"],
-        ),
-        (
-            "two persons and a wine glass",
-            [clause("person", 2), clause("wine glass")],
-            ["two", "persons", "wine glass"],
-        ),
-        (
-            "four people, three buses",
-            [clause("person", 4), clause("bus", 3)],
-            ["four", "people", "three", "buses"],
-        ),
-        (
-            "four benchs, three knifes",
-            [clause("bench", 4), clause("knife", 3)],
-            ["four", "benchs", "three", "knifes"],
-        ),
-    ],
-)
-def test_core_words_of_geneval(prompt, include, words):
-    """Objects, numbers, colours and places, also in the benchmark's own plurals."""
-    task = GenEval()
-    task.read({"prompt": prompt, "tag": "", "include": include})
-    assert core_words(task, prompt) == words
-
-
 # ----------------------------------------------------------------------------------------- Rewards
-def world(count, **settings):
-    """Pictures of the world that the miniatures know."""
-    rng = random.Random(123)
-    texts = build.all_targets(True)
-    return [build.picture(rng, texts, **settings) for _ in range(count)]
-
-
-def images_of(shots):
-    return [shot["image"] for shot in shots]
-
-
-def captions_of(shots):
-    return [shot["caption"] for shot in shots]
-
-
 @pytest.mark.parametrize(
     "read, target, reward",
     [
@@ -1264,90 +1094,6 @@ def test_text_reward(read, target, reward):
     assert rewards.text_reward(read, target) == pytest.approx(reward)
 
 
-def test_reader_reads_the_world(judges):
-    """Signs as they are, none where there is none. Training and held-out texts are disjoint."""
-    task = judges["ocr"]
-    signs = world(200, opacity=1.0, sign_share=1.0)
-    bare = world(100, sign_share=0.0)
-    prompts = captions_of(signs)
-    assert task.checked_reward(images_of(signs), prompts).mean() >= 0.99
-    assert task.checked_reward(images_of(bare), prompts[:100]).mean() <= 0.1
-    training = set(re.findall('"(.+?)"', " ".join(task.prompts)))
-    assert not training & set(re.findall('"(.+?)"', " ".join(task.heldout_prompts)))
-
-
-def counting_florence(folder):
-    """Florence-2's classes, with weights that write the numbers from 0 to 39, one per position."""
-    words = "<s> <pad> </s> <unk> <image> What is the text in image ?".split()
-    words += [str(number) for number in range(40)]
-    vocabulary = {word: i for i, word in enumerate(words)}
-    plain = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
-    plain.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=plain,
-        bos_token="<s>",
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"},
-    )
-    pixels = transformers.CLIPImageProcessorPil(
-        size={"height": 64, "width": 64}, do_center_crop=False, image_seq_length=5
-    )
-    transformers.Florence2Processor(pixels, tokenizer).save_pretrained(folder)
-    config = transformers.Florence2Config(
-        text_config={"vocab_size": len(words), "d_model": 64, "decoder_start_token_id": 2},
-        vision_config={"embed_dim": [32] * 4, "projection_dim": 64},
-        image_token_id=4,
-    )
-    model = transformers.Florence2ForConditionalGeneration(config)
-    decoder = model.model.language_model.decoder
-    for layer in decoder.layers:  # what comes out is the position that went in
-        for name, weight in layer.named_parameters():
-            if "layer_norm" not in name:
-                torch.nn.init.zeros_(weight)
-    torch.nn.init.zeros_(decoder.embed_tokens.weight)
-    positions = torch.nn.init.normal_(decoder.embed_positions.weight)[2:].detach()
-    head = torch.zeros(len(words), 64)
-    head[-40:] = F.layer_norm(positions[:40], (64,))
-    head[2] = F.layer_norm(positions[40], (64,))  # the end
-    model.lm_head.weight = torch.nn.Parameter(head)
-    model.config.tie_word_embeddings = False
-    model.half().save_pretrained(folder)
-
-
-def test_reader_of_real_images(tmp_path):
-    """It is told what to do, reads to the end, and is float32 although its file is not."""
-    counting_florence(tmp_path)
-    task = OCR()
-    task.models = [str(tmp_path)]
-    task.prepare()
-    assert task.reader.dtype == torch.float32
-    images = [Image.new("RGB", (90, 70))] * 3
-    asked = task.processor(images=images[0], text="<OCR>").input_ids[0]
-    told = task.processor.tokenizer.decode(asked, skip_special_tokens=True)
-    assert told == "What is the text in the image ?"
-    numbers = " ".join(str(number) for number in range(40))
-    assert task.transcribe(images, batch_size=2) == [numbers] * 3
-    prompts = ['a sign "38 39"', 'a sign "shut"', f'a sign "{numbers}"']
-    assert task.reward(images, prompts) == [1, 0, 1]
-
-
-def test_readers_without_a_limit_of_their_own_read_to_the_end(judges, tmp_path):
-    """generate() would stop after 20 tokens. tiny/ocr has a limit, and keeps it."""
-    shutil.copytree("tiny/ocr", tmp_path, dirs_exist_ok=True)
-    file = tmp_path / "generation_config.json"
-    limit = json.loads(file.read_text())["max_length"]
-    kept = judges["ocr"].reader.generation_config
-    assert (kept.max_length, kept.max_new_tokens) == (limit, None)
-    file.write_text("{}")
-    task = OCR()
-    task.models = [str(tmp_path)]
-    task.prepare()
-    settings = task.reader.generation_config
-    assert (settings.max_length, settings.max_new_tokens) == (None, 1024)
-
-
 def test_prompt_files(tmp_path):
     """As Flow-GRPO's are: a byte order mark and blank lines do not count."""
     lines = ['A stamp, with "Alex’s Library" in bold letters', 'A bus that reads "Line 7", \u2028']
@@ -1368,189 +1114,6 @@ def test_evaluation_prompts_come_from_all_parts_of_a_file(tmp_path):
     options = ["--heldout-prompts", str(file), "--evaluation-prompts", "4", "--monitor", ""]
     task = make_task(star.parse_arguments(options))
     assert task.heldout_prompts == ['a "a"', 'a "b"', 'a "c"', 'a "d"']
-
-
-@pytest.mark.parametrize(
-    "box, other, expected",
-    [
-        pytest.param((0, 0, 10, 10), (30, 0, 40, 10), {"left of"}, id="(30 - 2) / 30"),
-        pytest.param((30, 0, 40, 10), (0, 0, 10, 10), {"right of"}, id="the other side"),
-        pytest.param((0, 0, 10, 10), (0, 30, 10, 40), {"above"}, id="above"),
-        pytest.param((0, 30, 10, 40), (0, 0, 10, 10), {"below"}, id="below"),
-        pytest.param((30, 30, 40, 40), (0, 0, 10, 10), {"right of", "below"}, id="28 / 42.4"),
-        pytest.param((20, 12, 30, 22), (0, 0, 10, 10), {"right of"}, id="10 / 23.3 is too small"),
-        pytest.param((1, 0, 11, 10), (0, 0, 10, 10), set(), id="nearer than the margin of 2"),
-        pytest.param((0, 0, 40, 40), (10, 0, 50, 40), set(), id="(10 - 8) / 10 is too small"),
-        pytest.param((0, 0, 10, 10), (0, 0, 10, 10), set(), id="the same box"),
-        pytest.param((0.5, 4, 5.5, 4), (0, 0, 0, 0), {"below"}, id="(3 - 0.5) / 5 is not more"),
-    ],
-)
-def test_relations_by_hand(box, other, expected):
-    assert rewards.relations(box, other) == expected
-
-
-def detection(confidence, left, colour=None):
-    """An object of 10 x 10 pixels. Its colour stands in place of its mask."""
-    return Detection(confidence, (left, 0, left + 10, 10), colour)
-
-
-def colours_of(detections, name):
-    return [one.mask for one in detections]
-
-
-RED_DOG = detection(0.9, 0, "red")
-GREEN_DOG = detection(0.6, 100, "green")
-CAT = detection(0.8, 50, "blue")
-LEFT_CAT = detection(0.7, -50, "blue")
-RIGHT_CAT = detection(0.7, 90, "blue")
-LEFT_DOG = clause("dog", position=["left of", 0])
-
-
-@pytest.mark.parametrize(
-    "include, dogs, cats, correct, credit",
-    [
-        pytest.param([clause("dog")], [RED_DOG], [], True, 1, id="one dog"),
-        pytest.param([clause("dog")], [], [CAT], False, 0, id="a cat is no dog"),
-        pytest.param([clause("dog")], [RED_DOG, GREEN_DOG], [], True, 0, id="more is no fault"),
-        pytest.param([clause("dog"), clause("cat")], [RED_DOG], [CAT], True, 1, id="two objects"),
-        pytest.param(
-            [clause("dog"), clause("cat")], [RED_DOG], [], False, 1 / 2, id="one of two objects"
-        ),
-        pytest.param([clause("dog", 3)], [RED_DOG] * 3, [], True, 1, id="three"),
-        pytest.param([clause("dog", 3)], [RED_DOG] * 2, [], False, 2 / 3, id="two of three"),
-        pytest.param([clause("dog", 3)], [RED_DOG] * 7, [], True, 0, id="no negative credit"),
-        pytest.param([clause("dog", 1, "red")], [RED_DOG], [], True, 1, id="colour"),
-        pytest.param([clause("dog", 1, "red")], [], [], False, 0, id="no dog to be red"),
-        pytest.param(
-            [clause("dog", 1, "green")],
-            [RED_DOG, GREEN_DOG],
-            [],
-            False,
-            0,
-            id="the most confident one is judged",
-        ),
-        pytest.param(
-            [clause("dog", 2, "red")], [RED_DOG, GREEN_DOG], [], False, 3 / 4, id="one of two red"
-        ),
-        pytest.param(
-            [clause("dog", 1, "green"), clause("cat", 1, "blue")],
-            [RED_DOG],
-            [CAT],
-            False,
-            3 / 4,
-            id="one wrong colour",
-        ),
-        pytest.param([clause("cat"), LEFT_DOG], [RED_DOG], [CAT], True, 1, id="left of"),
-        pytest.param([clause("cat"), LEFT_DOG], [GREEN_DOG], [CAT], False, 2 / 3, id="right of"),
-        pytest.param([clause("cat"), LEFT_DOG], [RED_DOG], [], False, 1 / 3, id="left of nothing"),
-        pytest.param([clause("cat"), LEFT_DOG], [], [CAT], False, 1 / 3, id="nothing left of"),
-        pytest.param(
-            [clause("cat", 1, "red"), LEFT_DOG],
-            [RED_DOG],
-            [CAT],
-            False,
-            2 / 4,
-            id="beside what is not as asked",
-        ),
-        pytest.param(
-            [clause("cat", 2), LEFT_DOG], [RED_DOG], [CAT, LEFT_CAT], False, 2 / 3, id="of one"
-        ),
-        pytest.param(
-            [clause("cat", 2), LEFT_DOG], [RED_DOG], [CAT, RIGHT_CAT], True, 1, id="of both"
-        ),
-    ],
-)
-def test_geneval_by_hand(include, dogs, cats, correct, credit):
-    """Verdicts that follow from the benchmark's published rules."""
-    found = {"dog": dogs, "cat": cats}
-    verdict = rewards.judge(found, {"include": include}, colours_of)
-    assert verdict == (correct, pytest.approx(credit))
-
-
-@pytest.mark.parametrize(
-    "dogs, cats, correct",
-    [
-        pytest.param([RED_DOG] * 3, [], True, id="three"),
-        pytest.param([RED_DOG] * 4, [], False, id="four are too many"),
-        pytest.param([RED_DOG] * 3, [CAT], False, id="no cat was allowed"),
-    ],
-)
-def test_geneval_excludes(dogs, cats, correct):
-    metadata = {"include": [clause("dog", 3)], "exclude": [clause("dog", 4), clause("cat")]}
-    found = {"dog": dogs, "cat": cats}
-    assert rewards.judge(found, metadata, colours_of)[0] == correct
-
-
-def draw_objects(objects, relation=None):
-    """A picture of the miniature's world with (shape, colour) objects on a red wall."""
-    image = Image.new("RGB", (32, 32), build.COLOURS["red"])
-    places = build.quarters(random.Random(0), len(objects), relation)
-    for (shape, colour), (x, y) in zip(objects, places):
-        build.draw_object(image, shape, colour, 16 * x + 3, 16 * y + 3)
-    return image
-
-
-def test_geneval_of_world_images():
-    """Images that show what is asked for score 1; the same images under other prompts do not."""
-    task = task_of("geneval")
-    asked = {
-        "a": ("colors", [clause("ball", 1, "blue")]),
-        "b": ("counting", [clause("ball", 2)]),
-        "c": ("position", [clause("box"), clause("ball", position=["left of", 0])]),
-    }
-    for prompt, (tag, include) in asked.items():
-        task.read({"prompt": prompt, "tag": tag, "include": include})
-    images = [
-        draw_objects([("ball", "blue")]),
-        draw_objects([("ball", "white"), ("ball", "white")]),
-        draw_objects([("ball", "blue"), ("box", "green")], "left of"),
-    ]
-    score = "strict GenEval without single_object, two_object, color_attr"
-    names = ["strict colors", "strict counting", "strict position", score]
-    assert task.reward(images, "abc") == [1, 1, 1]
-    assert task.report(images, "abc") == dict.fromkeys(names, 1)
-    assert task.reward(images, "bca") == pytest.approx([1 / 2, 0, 1])
-    assert task.report(images, "bca")[score] == pytest.approx(1 / 3)
-
-
-def test_geneval_counts_only_what_it_is_sure_of(monkeypatch):
-    """A ball of confidence 0.85 counts for position, but not for counting."""
-    task = GenEval()
-    task.read({"prompt": "b", "tag": "counting", "include": [clause("ball")]})
-    task.read({"prompt": "c", "tag": "position", "include": [clause("ball")]})
-    monkeypatch.setattr(task, "detect", lambda images: [{"ball": [detection(0.85, 0)]}])
-    assert task.reward([None], "b") == [0]
-    assert task.reward([None], "c") == [1]
-
-
-def test_a_coco_detector_gets_the_benchmark_s_size_and_names(judges, tmp_path):
-    config = transformers.AutoConfig.from_pretrained("tiny/detector")
-    config.id2label = {i: f"label {i}" for i in range(80)}
-    rewards.segmenter_class()(config).save_pretrained(tmp_path)
-    shutil.copy("tiny/detector/preprocessor_config.json", tmp_path)
-    task = GenEval()
-    task.models = [str(tmp_path), "tiny/clip"]
-    task.prepare()
-    assert task.labels[63:66] == ["laptop", "computer mouse", "tv remote"]
-
-    def size(task, width):
-        image = Image.new("RGB", (width, 30))
-        return task.detector_processor(images=image, return_tensors="pt").pixel_values.shape[-2:]
-
-    assert size(task, 40) == (800, 1088)  # padded to multiples of 32
-    assert size(task, 400) == (128, 1344)
-    assert size(judges["geneval"], 40) == (32, 32)
-
-
-def test_pickscore_prefers_the_right_caption_and_the_clean_image(judges):
-    task = judges["pickscore"]
-    shots = world(200)
-    images, captions = images_of(shots), captions_of(shots)
-    rng = random.Random(1)
-    degraded = [build.degraded(rng, image) for image in images]
-    right = task.reward(images, captions)
-    assert (right > task.reward(images, captions[1:] + captions[:1])).sum() >= 190
-    assert (right > task.reward(degraded, captions)).sum() >= 180
 
 
 def test_generated_images_are_those_of_diffusers():
@@ -1616,28 +1179,41 @@ def test_rewards_are_one_finite_number_per_image(values):
         assert len(end.value.code) < 500
 
 
+class Careless(rewards.Task):
+    def reward(self, images, prompts):
+        images[0].thumbnail((8, 8))
+        return [0.0]
+
+
 def test_a_reward_may_change_its_images():
     """It gets copies: what comes after it sees the images as they were."""
-    images = [Image.new("RGB", (32, 32), "white")]
-
-    class Careless(rewards.Task):
-        def reward(self, images, prompts):
-            images[0].thumbnail((8, 8))
-            return [0.0]
-
-    mixture = rewards.Mixture([Careless(), Careless()], [1, 1])
-    mixture.checked_reward(images, PROMPTS[:1])
-    assert images[0].size == (32, 32)
+    image = Image.new("RGB", (32, 32), "white")
+    Careless().checked_reward([image], PROMPTS[:1])
+    assert image.size == (32, 32)
 
 
-def test_a_mixture_is_the_weighted_mean(judges):
+def world(count, **settings):
+    """Pictures of the world that the miniatures know, and their captions."""
+    rng = random.Random(123)
+    texts = build.all_targets(True)
+    shots = [build.picture(rng, texts, **settings) for _ in range(count)]
+    return [shot["image"] for shot in shots], [shot["caption"] for shot in shots]
+
+
+def task_of(name):
+    """A task of the miniature with its models."""
+    task = make_task(star.parse_arguments(["--task", name]))
+    task.prepare()
+    return task
+
+
+def test_a_mixture_is_the_weighted_mean():
     """Of rewards divided by their scales. The core words are those of all tasks."""
     task = task_of("ocr:0.7,pickscore:0.1")
     assert task.networks() == [task.tasks[0].reader, task.tasks[1].clip]
-    shots = world(6, sign_share=1.0)
-    images, prompts = images_of(shots), captions_of(shots)
-    ocr = judges["ocr"].checked_reward(images, prompts)
-    pickscore = judges["pickscore"].checked_reward(images, prompts)
+    images, prompts = world(6, sign_share=1.0)
+    ocr = task_of("ocr").checked_reward(images, prompts)
+    pickscore = task_of("pickscore").checked_reward(images, prompts)
     found = task.scores(images, prompts, "cpu")
     assert_close(found, (0.7 * ocr + 0.1 * pickscore / 26) / 0.8)
     assert task.report(images, prompts) == {
@@ -1649,20 +1225,13 @@ def test_a_mixture_is_the_weighted_mean(judges):
 
 
 def test_monitors_are_only_logged():
-    options = (
-        f"--task pickscore --monitor {build.__file__}:Signs,ocr --prompts tiny/prompts/ocr.txt"
-    )
-    args = star.parse_arguments([*options.split(), "--heldout-prompts", "tiny/prompts/ocr.txt"])
-    task = make_task(args)
+    options = "--task pickscore --monitor ocr --prompts tiny/prompts/ocr.txt --heldout-prompts"
+    task = make_task(star.parse_arguments([*options.split(), "tiny/prompts/ocr_heldout.txt"]))
     task.prepare()
-    shots = world(6, sign_share=1.0)
-    images, prompts = images_of(shots), captions_of(shots)
-    report = task.full_report(images, prompts, "cpu")
-    signs, ocr = task.monitors
-    assert report == {
-        "Signs": signs.checked_reward(images, prompts).mean().item(),
-        "OCR": ocr.checked_reward(images, prompts).mean().item(),
-    }
+    images, prompts = world(6, sign_share=1.0)
+    (ocr,) = task.monitors
+    expected = ocr.checked_reward(images, prompts).mean().item()
+    assert task.full_report(images, prompts, "cpu") == {"OCR": expected}
 
 
 # ------------------------------------------------------------------------------------------ README
@@ -1716,32 +1285,3 @@ def test_a_class_of_ones_own(mine, tmp_path, capsys):
     assert task.weights == [0.5, 0.5]
     with pytest.raises(SystemExit, match="OCR cannot use its own prompts: it has no text between"):
         make_task(star.parse_arguments(["--task", f"{mine}:OwnPrompts:0.5,ocr:0.5"]))
-
-
-def test_the_pipeline_call_in_the_readme(pipe):
-    """The image is what it is without the allocator; maps are those of the latents of each step."""
-    names = {}
-    torch.manual_seed(3)
-    exec(code_block("README.md", "python", "AttentionAllocator"), names)
-    states = []
-
-    def keep(pipeline, k, timestep, values):
-        states.append(values["latents"])
-        return {}
-
-    torch.manual_seed(3)
-    plain = pipe(
-        names["prompt"],
-        num_inference_steps=10,
-        guidance_scale=3.0,
-        max_sequence_length=build.TOKENS,
-        callback_on_step_end=keep,
-    )
-    assert names["image"].tobytes() == plain.images[0].tobytes()
-    assert len(names["maps"]) == 10
-    scene = Scene(pipe)  # without guidance, which leaves the conditional half
-    pipe.scheduler.set_timesteps(10)
-    scene.policy.sigmas = pipe.scheduler.sigmas.tolist()
-    scene.prompt = star.encode(pipe, [names["prompt"]], 20)
-    for k in [1, 5, 9]:
-        assert_close(names["maps"][k], scene.map(states[k - 1], k, names["core_tokens"]))
