@@ -399,19 +399,19 @@ PARTS = {
 }
 
 
-def load_pipeline(args):
-    """Stable Diffusion 3, with or without T5."""
-    parts = {}
+def load_pipeline(args, transformer):
+    """Stable Diffusion 3 around its transformer, with or without T5."""
+    parts = {"transformer": transformer}
     if not args.t5:
-        parts = {"text_encoder_3": None, "tokenizer_3": None}  # None: it is not needed
+        parts |= {"text_encoder_3": None, "tokenizer_3": None}  # None: it is not needed
     for name in PARTS:
         if name not in parts:
-            parts[name] = load_part(args, name, frozen=name.startswith("text_encoder"))
+            parts[name] = load_part(args, name, frozen=name != "vae")
     return StableDiffusion3Pipeline.from_pretrained(args.model, **parts)
 
 
 def load_part(args, name, frozen):
-    """One of PARTS, in float32 if it is trained: bfloat16 would lose small changes of weights."""
+    """One of PARTS. What is trained is float32: bfloat16 would lose small changes of weights."""
     dtype = torch.bfloat16 if frozen and args.bfloat16 else torch.float32
     return load_checked_model(PARTS[name], args.model, name, dtype)
 
@@ -451,10 +451,11 @@ class Trainer:
     def __init__(self, args, task):
         self.args = args
         self.task = task
+        transformer = load_part(args, "transformer", frozen=False)  # first, since it may be wrong
         task.prepare()
-        self.pipe = load_pipeline(args)
+        self.pipe = load_pipeline(args, transformer)
         self.pipe.vae.to(DEVICE).enable_slicing()  # decode one image at a time
-        self.transformer = self.pipe.transformer.to(DEVICE)
+        self.transformer = transformer.to(DEVICE)
         self.ema = None  # the exponential moving average of the weights
         if args.ema_decay > 0:
             self.ema = AveragedModel(self.transformer, "cpu", self.average)
@@ -553,7 +554,8 @@ class Trainer:
         """Add the gradient of the loss of a batch, one of `share`, with advantages A [B]."""
         args = self.args
         if args.allocation != "uniform":
-            allocated = self.allocation(batch)  # [B, S, H, W]
+            maps = torch.stack(batch.maps, dim=1)
+            allocated = allocation_weights(maps, self.shape[1:], args.allocation, args.lam)
             metrics["weight_peak"].append(allocated.amax((-2, -1)).mean())
         if not A.any():
             return  # all groups of the batch had equal rewards: the gradient is zero
@@ -587,11 +589,6 @@ class Trainer:
                 loss = loss + args.kl_weight * (kl * (A != 0)).mean()
             # Step by step, since the graph of one step takes less memory than that of all.
             (loss / (share * len(batch.steps))).backward()
-
-    def allocation(self, batch):
-        """How the advantage of each image is allocated: weights [B, S, H, W]."""
-        maps = torch.stack(batch.maps, dim=1)
-        return allocation_weights(maps, self.shape[1:], self.args.allocation, self.args.lam)
 
     @torch.no_grad()
     def add_reference_means(self, batches):
