@@ -30,8 +30,9 @@ class Task:
                               --prompts and --heldout-prompts replace them.
     prompt_files              used where there are none, from tiny/prompts
     scale                     a reward is divided by this where it is mixed with others
-    tiny_models, real_models  what scores images of the miniature, or real ones. `load` finds those
-                              that are to be used in self.models.
+    tiny_models, real_models  names of the models that score images of the miniature, or real ones.
+                              make_task puts those that are to be used into self.models, for `load`.
+    monitors                  other tasks, whose rewards are logged, but not trained
     """
 
     prompts = None
@@ -40,7 +41,7 @@ class Task:
     scale = 1.0
     tiny_models = ()
     real_models = ()
-    monitors = ()  # other tasks, whose rewards are logged, but not trained
+    monitors = ()
 
     def reward(self, images, prompts):
         """One number per PIL image: a list, an array or a tensor."""
@@ -53,13 +54,14 @@ class Task:
         """Load models, as attributes. They wait in main memory, and move to the GPU to score."""
 
     def report(self, images, prompts):
-        """Further numbers to log, a dict. It follows a reward of these images."""
+        """Further numbers to log, a dict. It is called right after `reward` of the same images."""
         return {}
 
     def read(self, record):
-        """Take what the task needs from a record of a prompt file. ValueError: it is not there."""
+        """Take what the task needs from a record of a prompt file. ValueError if it is missing."""
 
     def networks(self):
+        """All models among the attributes."""
         return [value for value in vars(self).values() if isinstance(value, torch.nn.Module)]
 
     def prepare(self):
@@ -71,12 +73,12 @@ class Task:
 
     @torch.no_grad()
     def checked_reward(self, images, prompts):
-        """The reward as float32 [B] on the CPU. It may change its images, which are copies."""
+        """The reward as float32 [B] on the CPU. It gets copies of images, which it may change."""
         values = self.reward([image.copy() for image in images], prompts)
         try:
             rewards = torch.as_tensor(values, dtype=torch.float32, device="cpu")
         except (TypeError, ValueError, RuntimeError):
-            rewards = torch.tensor(math.nan)  # not even numbers
+            rewards = torch.tensor(math.nan)  # which fails the check below
         if rewards.shape != (len(images),) or not rewards.isfinite().all():
             sys.exit(
                 f"the reward of {type(self).__name__} must be one finite number for each of "
@@ -85,7 +87,7 @@ class Task:
         return rewards
 
     def scores(self, images, prompts, device):
-        """The same, with the models on this device."""
+        """The checked reward, with the models on this device."""
         with offload_models(*self.networks(), device=device):
             return self.checked_reward(images, prompts)
 
@@ -107,6 +109,7 @@ FUNCTION_WORDS = """a an the this that these those some any each every no of in 
 def content_word_spans(prompt):
     """The (start, end) of every word of the prompt that is not a function word."""
     spans = []
+    # Letters and digits, with apostrophes and hyphens between them.
     for word in re.finditer(r"[^\W_]+(?:['’-][^\W_]+)*", prompt):
         if word.group().lower() not in FUNCTION_WORDS:
             spans.append(word.span())
@@ -117,7 +120,7 @@ def load_checked_model(kind, name, subfolder="", dtype=torch.float32):
     """A model of class `kind`, all of whose weights come from safetensors files and are finite."""
     where = f"{kind.__name__} {name} {subfolder}"
     try:
-        # The libraries only warn of weights that do not fit, and make random ones.
+        # The libraries only warn of weights that do not fit, and draw random ones.
         model, found = kind.from_pretrained(
             name,
             subfolder=subfolder,
@@ -129,12 +132,12 @@ def load_checked_model(kind, name, subfolder="", dtype=torch.float32):
         )
     except Exception as error:  # the libraries raise many kinds
         sys.exit(f"{where} cannot be loaded; it needs safetensors without a variant: {error}")
-    trained = dict(model.named_parameters())
-    wrong = [weight for weight in found["missing_keys"] if weight in trained]  # else computed
+    parameters = dict(model.named_parameters())  # the others are buffers, which are computed
+    wrong = [weight for weight in found["missing_keys"] if weight in parameters]
     wrong += found["unexpected_keys"]
     wrong += [weight[0] for weight in found["mismatched_keys"]]
     wrong += [weight for weight, value in model.state_dict().items() if not value.isfinite().all()]
-    # Poolers are never used, and some files have buffers.
+    # We never use poolers, and some files hold buffers, too.
     unused = "pooler|position_i|attn_mask|inv_freq"
     wrong = [weight for weight in wrong if not re.search(unused, weight)]
     if wrong:
@@ -175,8 +178,8 @@ def edit_distance(a, b):
 
 def text_reward(read, target):
     """Flow-GRPO's OCR reward: 1 - min(distance, len) / len. Case and spaces do not count. A text
-    that contains the target is correct. Unlike theirs, typographic variants do not count, either:
-    a reader may write one for the other (curly quotes, accents apart from their letter, wide
+    that contains the target is correct. Unlike theirs, ours also ignores typographic variants: a
+    reader may write one for the other (curly quotes, accents apart from their letter, wide
     letters)."""
     read = characters(read)
     target = characters(target)
@@ -186,7 +189,8 @@ def text_reward(read, target):
 
 
 def quoted_span(prompt):
-    """[(start, end)] of the first text between straight double quotes; 12" opens no quotation."""
+    """[(start, end)] of the first text between straight double quotes, which is more than blanks.
+    12" opens no quotation."""
     for match in re.finditer(r'(?<!\d)"([^"]*)"', prompt):
         if match[1].strip():
             return [match.span(1)]
@@ -259,7 +263,7 @@ PLURALS = {
     "box": "boxes",
 }
 COCO = (TINY / "coco.txt").read_text().splitlines()  # as the benchmark spells them
-# As published.
+# The benchmark's thresholds.
 CONFIDENCE = 0.3
 COUNTING_CONFIDENCE = 0.9
 MOST_OBJECTS = 16
@@ -277,8 +281,8 @@ class Detection:
 
 def relations(box, other):
     """The benchmark's relations of `box` to `other`, from their centres' offset, as a set.
-    Along each axis the offset is shortened by a tenth of the summed box sizes, then divided by the
-    length of the whole offset. A relation holds where the result exceeds 0.5."""
+    Along each axis the offset is shortened by a tenth of the two boxes' summed width (or height),
+    then divided by the length of the whole offset. A relation holds where this exceeds 0.5."""
     left, top, right, bottom = box
     other_left, other_top, other_right, other_bottom = other
     x = (left + right - other_left - other_right) / 2
@@ -295,17 +299,18 @@ def relations(box, other):
 
 
 def judge(found, metadata, colours_of):
-    """GenEval's verdict on one image (Ghosh et al. 2023), and a graded one: (correct, credit).
+    """GenEval's verdict on one image (Ghosh et al. 2023), and a graded one in [0, 1]. Returns both:
+    (correct, credit).
 
     Strict: every `include` clause finds at least `count` objects of its class. The `count` most
     confident of them have the colour, if one is asked for, and stand in the `position` to all
     objects of the earlier clause, if one is asked for. No `exclude` clause finds `count` objects.
 
-    Graded, after Flow-GRPO (arXiv 2505.05470, section 4): the mean of these credits over clauses
+    Graded, after Flow-GRPO (arXiv 2505.05470, section 4): the mean of all credits of all clauses
 
         count      max(0, 1 - |found - asked| / asked)
         colour     share of the asked objects that have the colour, 0 where too few are found
-        position   1 where the relation holds, else 0
+        position   1 where the relation holds and the earlier clause is as asked, else 0
 
     found: detections per class, the most confident first. metadata: a line of the benchmark.
     colours_of(objects, name) names the colour of each object."""
@@ -326,7 +331,7 @@ def judge(found, metadata, colours_of):
             matched = right == count
         if "position" in clause:
             relation, target = clause["position"]
-            placed = enough and stand(objects, relation, groups[target])
+            placed = enough and all_stand(objects, relation, groups[target])
             credits.append(float(placed))
             matched = matched and placed
         groups.append(objects if matched else [])
@@ -337,7 +342,7 @@ def judge(found, metadata, colours_of):
     return correct, sum(credits) / len(credits)
 
 
-def stand(objects, relation, others):
+def all_stand(objects, relation, others):
     """Do all objects stand in this relation to all others, of which there are some?"""
     for one in objects:
         for other in others:
@@ -359,7 +364,8 @@ def plural(name):
 
 
 def segmenter_class():
-    """Mask2Former. Importing it takes most of a second; only its training loss needs SciPy."""
+    """Mask2Former. Importing it takes most of a second. It asks for SciPy, which only its training
+    loss needs: we answer that all is there."""
     from transformers.models.mask2former import modeling_mask2former as module
 
     module.requires_backends = lambda *needed: None
@@ -392,6 +398,7 @@ class GenEval(Task):
             name = clause["class"]
             benchmark_plural = name + ("es" if name[-1] == "s" else "s")
             words |= {name, plural(name), benchmark_plural}
+            # The default, name, is among the words already.
             words.add(NUMBERS.get(clause["count"], name))
             words.add(clause.get("color", name))
             words.add(clause.get("position", [name])[0])
@@ -496,7 +503,7 @@ class GenEval(Task):
 
 
 def unit(features):
-    """Directions [N, D] of features, a tensor or the object in which CLIP returns them."""
+    """Unit vectors [N, D] of features, a tensor or the object in which CLIP returns it."""
     return F.normalize(getattr(features, "pooler_output", features).float(), dim=-1)
 
 
@@ -633,6 +640,7 @@ def make_task(args):
     tasks = []
     weights = []
     for part in args.task.split(","):
+        # NAME or NAME:WEIGHT; a name may have a colon.
         name, weight = re.fullmatch(r"(.*?)(?::([\d.]+))?", part).groups()
         tasks.append(task_class(name)())
         weights.append(float(weight or 1))
@@ -644,10 +652,10 @@ def make_task(args):
         if len(args.reward_model) != len(first.models):
             sys.exit(f"{type(first).__name__} takes {len(first.models)} models: --reward-model")
         first.models = args.reward_model
-    kind = f"{TINY}/prompts/real_" if args.full_size else f"{TINY}/prompts/"
-    training = read_prompts(args.prompts, first.prompts, kind + first.prompt_files[0])
+    prefix = f"{TINY}/prompts/real_" if args.full_size else f"{TINY}/prompts/"
+    training = read_prompts(args.prompts, first.prompts, prefix + first.prompt_files[0])
     heldout = read_prompts(
-        args.heldout_prompts, first.heldout_prompts, kind + first.prompt_files[1]
+        args.heldout_prompts, first.heldout_prompts, prefix + first.prompt_files[1]
     )
     for task in tasks + monitors:
         for record in training + heldout:

@@ -21,17 +21,18 @@ about. This file is written from STAR's abstract alone, not checked against its 
     advantage A    group-relative             the same               the same
     weights w      none                       text-image attention   attention to the core words,
                                               on the core content    of mean 1, mixed with 1
-    first ratio    1 up to rounding           -                      1 by definition
+    first update   ratio 1 up to rounding     -                      ratio 1 by definition
     KL penalty     divided by s^2             -                      divided by std^2, unweighted
     trained        LoRA                       -                      all parameters
 
-With `--allocation uniform` this file is Flow-GRPO in its first two rows, too.
+With `--allocation uniform` the last column is Flow-GRPO's but for its last three rows.
 
 Shapes: B images, C channels, H x W latent positions, L text tokens, T denoising steps, of which S
 are stochastic and trained, N prompts with G images each. An image token covers 2 x 2 positions, so
 attention maps are H/2 x W/2. Symbols: x latents and x' the next ones, v the model's velocity, k a
 step, p a position, m an attention map, w weights, r a reward, A an advantage, and sigma the noise
-level, which falls from 1 (noise) to 0 (image). Flow-GRPO calls it t, and our s sigma_t.
+level, which falls from 1 (noise) to 0 (image). Flow-GRPO writes t for our sigma, and sigma_t for
+the s of `sde_step`.
 """
 
 import argparse
@@ -46,7 +47,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-# The libraries warn of packages that we do not need.
+# Less noise from the libraries.
 os.environ.update(
     TRANSFORMERS_VERBOSITY="error",
     DIFFUSERS_VERBOSITY="error",
@@ -70,10 +71,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 # ------------------------------------------------------------------------------- Part 1: Flow-GRPO
-def sde_step(latents, velocity, sigma, sigma_next, sigma_max, noise_level):
+def sde_step(latents, velocity, sigma, sigma_next, second_sigma, noise_level):
     """A step of the flow as a stochastic differential equation (Flow-GRPO, "From ODE to SDE").
 
-        s    = a * sqrt(sigma / (1 - sigma))    (at sigma = 1 the denominator is 1 - sigma_max)
+        s    = a * sqrt(sigma / (1 - sigma))    (at sigma = 1 the denominator is 1 - second_sigma)
         mean = x * (1 + s^2 / (2 sigma) * dt) + v * (1 + s^2 (1 - sigma) / (2 sigma)) * dt
              = x + v * dt + s^2 / 2 * score * -dt
         std  = s * sqrt(-dt),    dt = sigma_next - sigma < 0,    x' = mean + std * noise
@@ -81,17 +82,22 @@ def sde_step(latents, velocity, sigma, sigma_next, sigma_max, noise_level):
     Why noise? A deterministic sampler has no action probabilities, so there is no likelihood to
     differentiate. Why is the mean not x + v * dt? Noise alone would spread x further than the model
     has seen in training. A drift along the score, the gradient of log p(x), contracts x by as much.
-    (x is (1 - sigma) * image + sigma * e with Gaussian e, and v estimates e - image. So x plus
-    (1 - sigma) * v estimates e, and the score is -e / sigma.) For small steps images are then
-    distributed as before; not exactly with guidance, whose v is no flow's velocity.
+    The score follows from v. With Gaussian e, x is (1 - sigma) * image + sigma * e, and v estimates
+    e - image. So
 
-    latents, velocity [B, C, H, W]; noise_level is a. sigma_max, the schedule's second sigma, keeps
+        e     = x + (1 - sigma) * v
+        score = -e / sigma
+
+    For small steps images are then distributed as before. With guidance this is not exact, since
+    its v is no flow's velocity.
+
+    latents, velocity [B, C, H, W]; noise_level is a. second_sigma, the schedule's second one, keeps
     s finite at sigma = 1. Returns the Gaussian over the next x: mean [B, C, H, W] and std, a float.
     """
     latents = latents.float()
     velocity = velocity.float()
     dt = sigma_next - sigma
-    s = noise_level * math.sqrt(sigma / (1 - min(sigma, sigma_max)))
+    s = noise_level * math.sqrt(sigma / (1 - min(sigma, second_sigma)))
     x_scale = 1 + s**2 / (2 * sigma) * dt
     v_scale = 1 + s**2 * (1 - sigma) / (2 * sigma)
     mean = latents * x_scale + velocity * v_scale * dt
@@ -122,7 +128,7 @@ def position_log_prob(sample, mean, std):
 def kl_to_reference(mean, reference_mean, std):
     """KL divergence from the reference policy, mean over channels: [B, C, H, W] -> [B, H, W].
 
-        KL[b, p] = mean over channels of  (mean - reference_mean)^2 / (2 std^2)
+        KL[b, p] = mean over channels c of  (mean[b, c, p] - reference_mean[b, c, p])^2 / (2 std^2)
 
     for Gaussians of equal std > 0, a float or [B, 1, 1, 1]. It is not weighted: positions with a
     small w drift, too, because all share one network.
@@ -139,7 +145,8 @@ class Policy:
     sigmas: list  # T + 1 noise levels from 1 to 0
     noise_level: float
     guidance_scale: float
-    empty_prompt: tuple  # prompts are (context [B, L, features], pooled [B, features])
+    # A prompt is (context [B, L, features], a vector per token; pooled [B, features], one for all).
+    empty_prompt: tuple
 
     def velocity(self, latents, k, prompt, recorder=None):
         """v [B, C, H, W], with classifier-free guidance. recorder: AttentionAllocator or None."""
@@ -150,12 +157,12 @@ class Policy:
             return output[0].float()
 
         context, pooled = prompt
-        with recorder or nullcontext():
+        with recorder or nullcontext():  # records if there is a recorder
             conditional = predict(context, pooled)
         if self.guidance_scale == 1:
             return conditional
         empty_context, empty_pooled = self.empty_prompt
-        with torch.no_grad():  # as in Flow-GRPO
+        with torch.no_grad():  # as in Flow-GRPO: only the conditional pass is trained
             unconditional = predict(
                 empty_context.expand_as(context), empty_pooled.expand_as(pooled)
             )
@@ -177,13 +184,14 @@ class Rollout:
     latents: list  # T + 1 times [B, C, H, W], from pure noise to the finished image
     log_probs: list  # S times [B, H, W], under the policy that sampled
     maps: list  # of attention, [B, H/2, W/2] for each recorded step
-    reference_means: list  # S times [B, C, H, W]; filled where there is a KL penalty
+    reference_means: list  # S times [B, C, H, W]; add_reference_means fills it for a KL penalty
 
 
 @torch.no_grad()
 def rollout(policy, latents, prompt, steps, generator, recorded_steps, core_tokens):
-    """Sample images from noise [B, C, H, W]. Only `steps` are stochastic, the others are Euler's.
-    At recorded_steps the attention to core_tokens [B, L] is recorded (part 2)."""
+    """Sample images from noise [B, C, H, W]. Only `steps` are stochastic. The others are steps of
+    the flow, without noise. At recorded_steps the attention to core_tokens [B, L] is recorded
+    (part 2)."""
     rows = latents.shape[-2] // policy.transformer.config.patch_size  # of image tokens
     states = [latents]
     log_probs, maps = [], []
@@ -193,7 +201,7 @@ def rollout(policy, latents, prompt, steps, generator, recorded_steps, core_toke
             recorder = AttentionAllocator(policy.transformer, core_tokens)
         if k in steps:
             mean, std = policy.distribution(latents, k, prompt, recorder)
-            noise = torch.randn(latents.shape, generator=generator)  # the same on every device
+            noise = torch.randn(latents.shape, generator=generator)  # on the CPU: always the same
             latents = mean + std * noise.to(mean.device)
             log_probs.append(position_log_prob(latents, mean, std))
         else:
@@ -218,8 +226,8 @@ def group_advantages(rewards, global_std=False):
         A[n, g] = (r[n, g] - mean over g of r[n]) / (std over g of r[n] + 1e-4)
 
     Comparing images of the same prompt cancels its difficulty, so no value network is needed
-    (Flow-GRPO, "GRPO on Flow Matching"). A group of equal rewards teaches nothing: it gets 0, even
-    if the mean is rounded. global_std divides by the std of all rewards.
+    (Flow-GRPO, "GRPO on Flow Matching"). A group of equal rewards teaches nothing: it gets exactly
+    0, although its mean may be rounded. global_std divides by the std of all N * G rewards.
     """
     rewards = rewards.float()
     centred = rewards - rewards.mean(dim=1, keepdim=True)
@@ -232,9 +240,10 @@ def group_advantages(rewards, global_std=False):
 def core_tokens_of(pipeline, prompts, spans, max_sequence_length):
     """Which text tokens belong to the core words of each prompt: bool [B, L].
 
-    spans: per prompt, a list of (start, end) characters, which a core token's characters overlap.
-    SD3's context is the CLIP tokens, then max_sequence_length T5 tokens, or zeros without T5. The
-    tokenizers must be fast ones (of the Rust library): only they know the characters of a token.
+    spans: per prompt, a list of (start, end) characters. A token is core if it overlaps one. SD3's
+    context is the CLIP tokens (both CLIPs have the same), then max_sequence_length T5 tokens, or
+    zeros without T5. The tokenizers must be fast ones (of the Rust library): only they know which
+    characters belong to a token.
     """
     tokenizers = [pipeline.tokenizer, pipeline.tokenizer_3]  # CLIP, T5
     lengths = [pipeline.tokenizer.model_max_length, max_sequence_length]
@@ -251,11 +260,12 @@ def core_tokens_of(pipeline, prompts, spans, max_sequence_length):
                 return_offsets_mapping=True,
             )
             offsets.append(torch.tensor(encoded["offset_mapping"]))
+    # Padding and special tokens are at (0, 0), which overlaps nothing.
     starts, ends = torch.cat(offsets, dim=1).unbind(-1)  # [B, L]
     core = torch.zeros_like(starts, dtype=torch.bool)
     for row, prompt_spans in enumerate(spans):
-        for start, end in prompt_spans:
-            core[row] |= (starts[row] < end) & (start < ends[row])
+        for first, last in prompt_spans:
+            core[row] |= (starts[row] < last) & (first < ends[row])
     return core
 
 
@@ -266,21 +276,23 @@ class AttentionAllocator:
     attention that core tokens receive:
 
         attention[p, j] = softmax over all tokens j of  query[p] . key[j] / sqrt(head size)
-        m[b, p]         = mean over heads and blocks of attention[p, j], summed over core tokens j
+        m[b, p]         = mean over heads and blocks of  sum over core tokens j of attention[p, j]
 
     The block itself computes the sum of attention[p, j] * value[j]. With 1 for core tokens and 0
-    for others in place of the values that sum is the map. So the fused kernel computes it, and no
-    [tokens, tokens] matrix is ever stored. A hook does this beside the block, whose output stays
-    the same to the last bit. SD3.5's second attention, from image to image, is not recorded.
+    for others in place of the values that sum is the map. So F.scaled_dot_product_attention
+    computes it, and no [tokens, tokens] matrix is ever stored. A hook before the block's attention
+    does this, with queries and keys of its own. The block's output stays the same to the last bit.
+    SD3.5's second attention, from image to image, is not recorded.
 
         with torch.no_grad(), AttentionAllocator(transformer, core_tokens) as allocator:
             transformer(...)
         allocator.map().unflatten(-1, (H // 2, W // 2))  # [B, H/2, W/2]
 
-    core_tokens is bool [B, L], a row per image, else ValueError. Of a batch [unconditional;
-    conditional], as pipelines make for guidance, the second half is recorded. `blocks` defaults to
-    the last quarter. `map` averages all that was recorded: use one allocator per step. Compiled
-    blocks ignore later hooks unless torch._dynamo.config.skip_nnmodule_hook_guards is False.
+    core_tokens is bool [B, L], a row per image, else ValueError. For guidance, pipelines of
+    diffusers make a batch [unconditional; conditional]: then the second half is recorded. `blocks`
+    defaults to the last quarter. `map` averages all that was recorded: use one allocator per step.
+    Compiled blocks ignore later hooks unless torch._dynamo.config.skip_nnmodule_hook_guards is
+    False.
     """
 
     def __init__(self, transformer, core_tokens, blocks=None):
@@ -301,8 +313,9 @@ class AttentionAllocator:
         while self.hooks:
             self.hooks.pop().remove()
 
-    @torch.no_grad()  # else the model could lower the loss by moving its attention
+    @torch.no_grad()  # maps are data: no gradient may flow through them
     def record(self, attention, args, kwargs):
+        """The hook: `attention` is about to run with these arguments."""
         image = kwargs["hidden_states"]
         text = kwargs["encoder_hidden_states"]
         batch, length = self.core_tokens.shape
@@ -314,20 +327,22 @@ class AttentionAllocator:
         image = image[-batch:]
         text = text[-batch:]
 
-        def heads(x, norm):  # [B, tokens, features] -> [B, heads, tokens, head size]
+        def heads(x, norm):  # [B, tokens, heads * head size] -> [B, heads, tokens, head size]
             x = x.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
-            return x if norm is None else norm(x)
+            return x if norm is None else norm(x)  # SD3.5 has norms, SD3 has none
 
         query = heads(attention.to_q(image), attention.norm_q)
         image_key = heads(attention.to_k(image), attention.norm_k)
         text_key = heads(attention.add_k_proj(text), attention.norm_added_k)
         key = torch.cat([image_key, text_key], dim=2)
-        core = F.pad(self.core_tokens, (image.shape[1], 0)).to(key)  # image keys are not core
+        # [B, image and text tokens] of 0 and 1; image tokens come first, and are not core
+        core = F.pad(self.core_tokens, (image.shape[1], 0)).to(key)
         value = core[:, None, :, None].expand_as(key).contiguous()  # fused kernels want key's shape
         maps = F.scaled_dot_product_attention(query, key, value)[..., 0]  # all channels are equal
         self.recorded.append(maps.float().mean(dim=1))
 
     def map(self):
+        """The mean of what was recorded: [B, image tokens]."""
         return torch.stack(self.recorded).mean(dim=0)
 
 
@@ -342,14 +357,17 @@ def allocation_weights(maps, size, allocation="spatiotemporal", lam=0.5):
     Where nothing attends to core words (a prompt may have none), w = 1. size: (H, W).
 
     Unequal weights bias the gradient: the unbiased one uses the same A everywhere. The bet is that
-    positions which barely affect the reward add more noise than signal. Which lam? 0.5 leaves half
-    of the advantage everywhere. On the miniature 1 learned writing no faster than 0.5, and
-    preference more slowly. 0 is Flow-GRPO: as fast as 0.5 over three rewards, and the choice for
-    one about the whole image, where 1 was slower. `weight_peak` in the metrics, the mean of each
-    map's largest weight, says how uneven weights are: near 1 they change nothing.
+    positions which barely affect the reward add more noise than signal.
+
+    Which lam? 0.5 leaves half of the advantage everywhere. On the miniature lam = 1 learned writing
+    no faster, and preference more slowly. lam = 0 has Flow-GRPO's gradient in the first update. It
+    was as fast as 0.5 over three rewards. Where the reward is about the whole image, lam = 1 was
+    slower. `weight_peak` in the metrics, the mean of each map's largest weight, says how uneven the
+    weights are: near 1 they change nothing.
     """
-    maps = F.interpolate(maps.float(), size=size, mode="nearest")  # to each token's 2 x 2 latents
-    positions = list(range(2, maps.dim()))
+    # Each token's value goes to its 2 x 2 positions. `interpolate` takes S for channels.
+    maps = F.interpolate(maps.float(), size=size, mode="nearest")
+    positions = list(range(2, maps.dim()))  # [2, 3]; video has one more
     over = {"spatial": positions, "spatiotemporal": [1] + positions}[allocation]
     mean = maps.mean(dim=over, keepdim=True)
     relative = torch.where(mean == 0, 1.0, maps / mean)
@@ -360,13 +378,14 @@ def star_loss(log_prob, old_log_prob, advantages, weights, clip_range):
     """The clipped objective of PPO and Flow-GRPO, with a weight per action.
 
         ratio = exp(logp_new - logp_old)
-        loss  = - mean of  w * min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A)
+        loss  = - mean over images (and positions) of  w * min(ratio * A, clip(ratio) * A)
+        clip(ratio) lies in [1 - eps, 1 + eps], where eps is clip_range
 
     Flow-GRPO: log-probabilities [B], one per image, and w = 1. STAR: [B, H, W], one per position.
     With weights some positions move further than others, so each has its own ratio, which stops it
-    when it has moved enough. A ratio of positions spreads about sqrt(H * W) times as far as one of
-    images, whose log is a mean over them. So its clip range eps must be wider by that: 1e-4 becomes
-    6.4e-3 for 64 x 64 positions.
+    when it has moved enough. The ratio of a position spreads about sqrt(H * W) times as far as that
+    of an image, whose log is a mean over positions. So the caller must widen clip_range by that:
+    1e-4 becomes 6.4e-3 for 64 x 64 positions.
 
     Why clip? The images were sampled by the old policy and are only informative near it. Once a
     ratio has moved by eps in the direction that A wants, the clipped term is the smaller one, and
@@ -374,8 +393,8 @@ def star_loss(log_prob, old_log_prob, advantages, weights, clip_range):
     In the first update after a rollout every ratio is 1. So clipping acts only from the second one
     on, and with one update this is REINFORCE, the plain policy gradient, with a group baseline.
 
-    log_prob, old_log_prob, weights [B], [B, H, W] or any [B, ...] of equal shapes; advantages [B];
-    else ValueError. Returns the loss, the ratios, and where the clipped term is the smaller one.
+    log_prob, old_log_prob and weights have one shape, [B, ...]. advantages are [B]. Otherwise
+    ValueError. Returns the loss, the ratios, and where the clipped term is the smaller one.
     """
     equal = log_prob.shape == old_log_prob.shape == weights.shape
     if not equal or advantages.shape != log_prob.shape[:1]:
@@ -390,7 +409,7 @@ def star_loss(log_prob, old_log_prob, advantages, weights, clip_range):
 
 
 # ------------------------------------------------------------------------------- Part 3: training
-PARTS = {
+PARTS = {  # the networks of a Stable Diffusion 3 pipeline
     "transformer": SD3Transformer2DModel,
     "vae": AutoencoderKL,
     "text_encoder": CLIPTextModelWithProjection,
@@ -403,16 +422,17 @@ def load_pipeline(args, transformer):
     """Stable Diffusion 3 around its transformer, with or without T5."""
     parts = {"transformer": transformer}
     if not args.t5:
-        parts |= {"text_encoder_3": None, "tokenizer_3": None}  # None: it is not needed
+        parts |= {"text_encoder_3": None, "tokenizer_3": None}  # diffusers leaves out what is None
     for name in PARTS:
         if name not in parts:
-            parts[name] = load_part(args, name, frozen=name != "vae")
+            parts[name] = load_part(args, name, compact=name != "vae")
     return StableDiffusion3Pipeline.from_pretrained(args.model, **parts)
 
 
-def load_part(args, name, frozen):
-    """One of PARTS. What is trained is float32: bfloat16 would lose small changes of weights."""
-    dtype = torch.bfloat16 if frozen and args.bfloat16 else torch.float32
+def load_part(args, name, compact):
+    """One of PARTS. If it is compact, it may be in bfloat16. What is trained must not, for small
+    changes of its weights would be lost."""
+    dtype = torch.bfloat16 if compact and args.bfloat16 else torch.float32
     return load_checked_model(PARTS[name], args.model, name, dtype)
 
 
@@ -420,8 +440,8 @@ def load_part(args, name, frozen):
 def encode(pipe, prompts, max_sequence_length):
     """Prompts -> (context [B, L, features], pooled [B, features])."""
     encoders = [pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3]
-    with offload_models(*filter(None, encoders), device=DEVICE):
-        context, _, pooled, _ = pipe.encode_prompt(
+    with offload_models(*filter(None, encoders), device=DEVICE):  # then back to main memory
+        context, _, pooled, _ = pipe.encode_prompt(  # _ is for a negative prompt
             prompts,
             None,  # the second and the third encoder get the same prompts
             None,
@@ -438,7 +458,7 @@ def decode(pipe, latents):
     latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
     images = pipe.vae.decode(latents).sample.float()
     if not images.isfinite().all():
-        sys.exit("images are not finite: use a lower --learning-rate, or mend --model")
+        sys.exit("images are not finite: use a lower --learning-rate, or check --model")
     return pipe.image_processor.postprocess(images)
 
 
@@ -451,17 +471,18 @@ class Trainer:
     def __init__(self, args, task):
         self.args = args
         self.task = task
-        transformer = load_part(args, "transformer", frozen=False)  # first, since it may be wrong
+        # First, so that a wrong --model ends the run before anything else is loaded.
+        transformer = load_part(args, "transformer", compact=False)
         task.prepare()
         self.pipe = load_pipeline(args, transformer)
         self.pipe.vae.to(DEVICE).enable_slicing()  # decode one image at a time
         self.transformer = transformer.to(DEVICE)
         self.ema = None  # the exponential moving average of the weights
         if args.ema_decay > 0:
-            self.ema = AveragedModel(self.transformer, "cpu", self.average)
+            self.ema = AveragedModel(self.transformer, "cpu", self.moving_average)
         self.reference = None  # the starting weights
         if args.kl_weight != 0:
-            self.reference = load_part(args, "transformer", frozen=True)
+            self.reference = load_part(args, "transformer", compact=True)
         if args.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
 
@@ -469,14 +490,16 @@ class Trainer:
         if args.optimizer == "adamw":
             self.optimizer = torch.optim.AdamW(parameters, args.learning_rate, weight_decay=1e-4)
         else:
-            # eps[0] is the smallest gradient that counts in full. By default it is 1e-7, and ours
-            # can be as small as 1e-8. With 1.0 for eps[1] a step is as long as AdamW's.
+            # eps[0] is a floor for the size of gradients: 1e-7 by default, but ours may be 1e-8.
+            # With 1.0 for eps[1] a step is as long as AdamW's.
             self.optimizer = torch.optim.Adafactor(
                 parameters, args.learning_rate, weight_decay=1e-4, eps=(1e-18, 1.0)
             )
 
-        # Without its cache, which would keep bfloat16 copies of the weights.
-        self.autocast = torch.autocast(DEVICE, torch.bfloat16, args.bfloat16, False)
+        # The cache would keep bfloat16 copies of the weights.
+        self.autocast = torch.autocast(
+            DEVICE, torch.bfloat16, enabled=args.bfloat16, cache_enabled=False
+        )
         side = args.height // self.pipe.vae_scale_factor
         self.shape = (self.transformer.config.in_channels, side, side)
         self.empty_prompt = encode(self.pipe, [""], args.max_sequence_length)
@@ -488,7 +511,8 @@ class Trainer:
         # 1. Sample G images for each of N prompts.
         prompts, batches = self.sample(iteration)
 
-        # 2. Score them. An image's advantage is its reward relative to its group.
+        # 2. Score them. An image's advantage is its reward relative to its group. As in Flow-GRPO,
+        # one beyond 5 counts as 5.
         rewards = self.task.scores(self.images_of(batches), prompts, DEVICE)
         rewards = rewards.view(args.prompts_per_iteration, args.group_size)
         advantages = group_advantages(rewards, args.global_std).clamp(-5, 5)
@@ -498,13 +522,13 @@ class Trainer:
 
         without_spread = (advantages == 0).all(dim=1)
         return metrics | {
-            "images": iteration * rewards.numel(),
+            "images": iteration * rewards.numel(),  # so far
             "reward_mean": rewards.mean().item(),
             "groups_without_spread": without_spread.float().mean().item(),
         }
 
     def sample(self, iteration):
-        """Sample G images for each of N prompts: (the prompt of each image, Rollouts)."""
+        """Sample G images for each of N prompts. Returns the prompt of each image, and Rollouts."""
         args = self.args
         N, G, S = args.prompts_per_iteration, args.group_size, args.stochastic_steps
         # Seeded by the iteration, so that a resumed run draws the same numbers. The factor is
@@ -514,18 +538,18 @@ class Trainer:
         prompts = [self.task.prompts[i] for i in order[:N]]
 
         # S steps in a row are stochastic. They are few, since each costs a forward and a backward
-        # pass in the update, and early, since these decide what the image will show. Maps say
-        # little in pure noise, but much a few steps later (README shows them).
-        starts = args.last_stochastic_step - S + 2  # how many steps may be the first of them
-        start = torch.randint(starts, (), generator=generator).item()
+        # pass in the update, and early, since these decide what the image will show. The first
+        # one counts although its maps, of nearly pure noise, say little (README shows them).
+        choices = args.last_stochastic_step - S + 2  # of the first one: 0, 1, ..., last - S + 1
+        start = torch.randint(choices, (), generator=generator).item()
         steps = range(start, start + S)
         recorded = [] if args.allocation == "uniform" else steps
 
         # A group that starts from the same noise differs only by its actions. So they alone explain
         # its rewards, and not the luck of a good start.
-        copies = G if args.same_noise else 1
-        noise = torch.randn(N * G // copies, *self.shape, generator=generator)
-        noise = noise.repeat_interleave(copies, dim=0)
+        images_per_noise = G if args.same_noise else 1
+        noise = torch.randn(N * G // images_per_noise, *self.shape, generator=generator)
+        noise = noise.repeat_interleave(images_per_noise, dim=0)
 
         batches = self.rollouts(self.training_policy, noise, prompts, steps, generator, recorded)
         if self.reference:
@@ -536,29 +560,30 @@ class Trainer:
         """Make the actions behind the better images more likely. Advantages [N * G] -> metrics."""
         args = self.args
         metrics = defaultdict(list)
-        share = len(batches) // args.updates_per_iteration  # of an update; each image serves one
+        per_update = len(batches) // args.updates_per_iteration  # each image serves one update
         for i, A in enumerate(advantages.split(args.batch_size)):
-            self.add_gradient(batches[i], A, share, i < share, metrics)
-            if (i + 1) % share == 0:
+            self.add_gradient(batches[i], A, per_update, i < per_update, metrics)
+            if (i + 1) % per_update == 0:
                 norm = torch.nn.utils.clip_grad_norm_(self.transformer.parameters(), max_norm=1.0)
                 if not norm.isfinite():
                     sys.exit("the gradient is not finite: use a lower --learning-rate")
-                metrics["gradient_norm"].append(norm)
+                metrics["gradient_norm"].append(norm.cpu())
                 self.optimizer.step()
                 self.optimizer.zero_grad()
                 if self.ema:
                     self.ema.update_parameters(self.transformer)
         return {name: torch.stack(values).mean().item() for name, values in metrics.items()}
 
-    def add_gradient(self, batch, A, share, is_first_update, metrics):
-        """Add the gradient of the loss of a batch, one of `share`, with advantages A [B]."""
+    def add_gradient(self, batch, A, per_update, is_first_update, metrics):
+        """Add the gradient of a batch with advantages A [B]. An update averages over `per_update`
+        batches."""
         args = self.args
         if args.allocation != "uniform":
             maps = torch.stack(batch.maps, dim=1)
             allocated = allocation_weights(maps, self.shape[1:], args.allocation, args.lam)
             metrics["weight_peak"].append(allocated.amax((-2, -1)).mean())
         if not A.any():
-            return  # all groups of the batch had equal rewards: the gradient is zero
+            return  # nothing to learn from these images: the gradient is zero
         for j, k in enumerate(batch.steps):
             # How likely is the action that was taken, now? The rollout kept no graph.
             with self.autocast:
@@ -574,7 +599,7 @@ class Trainer:
                 clip_range = args.clip_range
             else:  # one action per position, [B, H, W]
                 weights = allocated[:, j]
-                clip_range = args.clip_range * math.sqrt(weights[0].numel())
+                clip_range = args.clip_range * math.sqrt(weights[0].numel())  # sqrt(H * W)
 
             if is_first_update:
                 # The model is still the one that sampled: the ratio is 1, whatever the rounding.
@@ -585,10 +610,11 @@ class Trainer:
             if self.reference:
                 kl = kl_to_reference(mean, batch.reference_means[j], std).mean((1, 2))  # [B]
                 metrics["kl"].append(kl.detach().mean())
-                # As in Flow-GRPO, images that teach nothing are left out.
+                # As in Flow-GRPO, images without an advantage are left out.
                 loss = loss + args.kl_weight * (kl * (A != 0)).mean()
-            # Step by step, since the graph of one step takes less memory than that of all.
-            (loss / (share * len(batch.steps))).backward()
+            # Step by step, since the graph of one step takes less memory than that of all. The sum
+            # over batches and steps is the mean.
+            (loss / (per_update * len(batch.steps))).backward()
 
     @torch.no_grad()
     def add_reference_means(self, batches):
@@ -600,12 +626,14 @@ class Trainer:
                     mean, _ = reference.distribution(batch.latents[k], k, batch.prompt)
                     batch.reference_means.append(mean)
 
-    def average(self, average, weight, n):
-        """The moving average of a weight after update n; it moves more quickly at first."""
+    def moving_average(self, average, weight, n):
+        """The average of a weight after n earlier updates. At first it moves more quickly. (The
+        first update copies the weights, and does not call this.)"""
         decay = min(self.args.ema_decay, (1 + n) / (10 + n))
         return average.lerp(weight, 1 - decay)
 
     def policy(self, transformer, steps):
+        """A transformer as the policy of so many denoising steps."""
         self.pipe.scheduler.set_timesteps(steps)
         return Policy(
             transformer=transformer,
@@ -620,7 +648,8 @@ class Trainer:
         return core_tokens_of(self.pipe, prompts, spans, self.args.max_sequence_length)
 
     def rollouts(self, policy, noise, prompts, steps=(), generator=None, recorded_steps=()):
-        """Rollouts in batches. Each prompt has as many images as there is noise for."""
+        """Rollouts in batches, from noise [N * G, C, H, W] for N prompts: G images of each. Without
+        `steps` they are deterministic."""
         copies = len(noise) // len(prompts)
         context, pooled = encode(self.pipe, prompts, self.args.max_sequence_length)
         context = context.repeat_interleave(copies, dim=0)
@@ -643,7 +672,7 @@ class Trainer:
 
     def generate(self, prompts):
         """One image per prompt, deterministic, from the same noise every time. If there is an
-        average of the weights, it paints them: it is less noisy than the weights themselves."""
+        average of the weights, it is used, since it is less noisy than the weights themselves."""
         model = self.ema.module if self.ema else self.transformer
         generator = torch.Generator().manual_seed(self.args.seed)
         noise = torch.randn(len(prompts), *self.shape, generator=generator)
@@ -658,9 +687,9 @@ class Trainer:
         self.pipe.save_pretrained(folder, max_shard_size="2GB")
         self.pipe.transformer = self.transformer
 
-    def save(self, folder, about, history):
-        """Write all that training changes, and what it is about."""
-        (folder / "run.json").write_text(json.dumps({"about": about, "history": history}))
+    def save(self, folder, settings, history):
+        """Write all that training changes, the settings and the metrics so far."""
+        (folder / "run.json").write_text(json.dumps({"settings": settings, "history": history}))
         save_model(self.transformer, folder / "transformer.safetensors")
         if self.ema:
             save_model(self.ema, folder / "ema.safetensors")
@@ -710,8 +739,8 @@ PRESETS = {
         "learning_rate": 4e-4,
     },
     # SD3 and SD3.5, Medium and Large, on one GPU. [F] marks the values of Flow-GRPO's SD3 recipes.
-    # They train all steps but the last and make two updates per rollout. A short window in the
-    # first half is from its fast recipe. The other values are untuned.
+    # Those recipes train all steps but the last, and make two updates per rollout. Our short window
+    # in the first half follows Flow-GRPO's fast recipe. The other values are untuned.
     "full size": {
         "height": 512,  # [F]
         "evaluation_steps": 40,  # [F]
@@ -720,15 +749,14 @@ PRESETS = {
         "group_size": 24,  # [F]
         "same_noise": False,  # [F]
         "global_std": True,  # [F]
-        "clip_range": 1e-4,  # [F] of images; with STAR 1e-4 * sqrt(64 * 64) = 6.4e-3 of positions
+        "clip_range": 1e-4,  # [F] per image; per position it is 1e-4 * sqrt(64 * 64) = 6.4e-3
         "last_stochastic_step": 4,
         "learning_rate": 1e-5,  # 3e-4 there, for LoRA; training all parameters needs far less
         "ema_decay": 0.99,  # 0.9 after every eighth update there, which is about the same
         # 0.04 there (0.01 for PickScore), where the KL is divided by s^2. We divide by std^2, which
         # is s^2 * -dt, and the mean of -dt over the steps that may be trained is 0.058.
         "kl_weight": 0.04 * 0.058,
-        # With these the smallest GPU needs 38 GiB (README). Without them it is faster.
-        "gradient_checkpointing": True,
+        "gradient_checkpointing": True,  # without it training is faster, but needs more memory
         "prompts_per_iteration": 8,
         "batch_size": 8,
         "iterations": 500,
@@ -763,7 +791,7 @@ def make_parser():
     option("--out", help="output folder; runs/TASK-ALLOCATION-SEED if not given")
     option("--resume", action="store_true", help="continue the run in the output folder")
     option("--seed", type=int, default=0, help="seed of prompts and noise")
-    option("--iterations", type=positive, default=28, help="of sampling, scoring and updating")
+    option("--iterations", type=positive, default=28, help="rounds of sampling and updating")
     option("--evaluate-every", type=positive, default=14, help="iterations between evaluations")
     option("--evaluation-prompts", type=positive, default=120, help="held-out prompts to evaluate")
     option("--monitor", default="", help="tasks that are logged, but not trained")
@@ -781,13 +809,15 @@ def make_parser():
     option("--steps", type=positive, default=10, help="T, denoising steps in training")
     option("--evaluation-steps", type=positive, default=10, help="denoising steps in evaluation")
     option("--stochastic-steps", type=positive, default=3, help="S, trained steps, in a row")
-    option("--last-stochastic-step", type=int, default=3, help="the last that may be trained")
+    option("--last-stochastic-step", type=int, default=3, help="the last one that may be trained")
     option("--noise-level", type=float, default=0.7, help="a, noise of a stochastic step")
     option("--guidance-scale", type=float, default=1.0, help="in training, too; 1 is none")
     option("--same-noise", action=switch, default=True, help="one noise for all images of a group")
     option("--t5", action=switch, default=True, help="use the third and largest text encoder")
     option("--max-sequence-length", type=positive, default=20, help="T5 tokens per prompt")
-    option("--updates-per-iteration", type=positive, default=1, help="the images are shared out")
+    option(
+        "--updates-per-iteration", type=positive, default=1, help="each on its part of the images"
+    )
     option(
         "--optimizer",
         choices=["adamw", "adafactor"],
@@ -795,7 +825,9 @@ def make_parser():
         help="adafactor needs less memory",
     )
     option("--learning-rate", type=float, default=2e-4, help="of the optimizer")
-    option("--clip-range", type=float, default=1.25e-3, help="eps of images, see star_loss")
+    option(
+        "--clip-range", type=float, default=1.25e-3, help="of the ratio of an image, see star_loss"
+    )
     option("--global-std", action=switch, default=False, help="divide by the std of all rewards")
     option("--kl-weight", type=float, default=0.0, help="KL penalty towards the starting weights")
     option("--ema-decay", type=float, default=0.0, help="moving average of the weights; 0 is none")
@@ -824,6 +856,7 @@ def parse_arguments(argv=None):
             f"model and its adapter (fuse_lora). A gated one needs `hf auth login`. ({error})"
         )
     full_size = config["sample_size"] >= 64  # latents; the miniature has 16 x 16
+    # Once more, with the defaults of this model and task.
     preset = PRESETS["full size"] if full_size else PRESETS.get(args.task, {})
     parser.set_defaults(full_size=full_size, t5=has_t5, **preset)
     args = parser.parse_args(argv)
@@ -855,7 +888,7 @@ def checkpoints(folder):
     return sorted(folder.glob("checkpoint/[0-9]*"))
 
 
-def read_history(folder, about, resume):
+def read_history(folder, settings, resume):
     """The metrics of the run in a folder if it is to go on. Else there must be no run in it."""
     if not resume:
         metrics = folder / "metrics.jsonl"
@@ -865,8 +898,8 @@ def read_history(folder, about, resume):
     if not checkpoints(folder):
         sys.exit(f"{folder} holds no checkpoint: leave out --resume, or use another --out")
     run = json.loads((checkpoints(folder)[-1] / "run.json").read_text())
-    for name, value in about.items():
-        old = run["about"].get(name)
+    for name, value in settings.items():
+        old = run["settings"].get(name)
         if old != value and name not in ["resume", "out", "iterations"]:
             sys.exit(f"{folder} was run with other settings: its {name} was {str(old)[:80]}")
     return run["history"]
@@ -897,7 +930,7 @@ def draw_samples(images, rewards, prompts):
 
 
 def show_prompts(trainer):
-    """Say what is trained. The core words of some prompts may be beyond the limit of tokens."""
+    """Say what is trained, and how many prompts have no core words within the limit of tokens."""
     prompts = trainer.task.prompts
     words = [prompts[0][start:end] for start, end in trainer.task.core_spans(prompts[0])]
     without = (~trainer.core_tokens(prompts).any(dim=1)).sum()
@@ -913,9 +946,9 @@ def main(argv=None):
         sys.exit(f"torch finds no GPU, which --model {args.model} needs")
     task = make_task(args)
     heldout = task.heldout_prompts
-    about = vars(args) | {"prompts": task.prompts, "heldout_prompts": heldout}
+    settings = vars(args) | {"prompts": task.prompts, "heldout_prompts": heldout}
     folder = Path(args.out or f"runs/{args.task}-{args.allocation}-{args.seed}")
-    history = read_history(folder, about, args.resume)
+    history = read_history(folder, settings, args.resume)
     folder.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(args, task)
     show_prompts(trainer)
@@ -941,7 +974,7 @@ def main(argv=None):
         lines = [json.dumps(line) + "\n" for line in history]
         (folder / "metrics.jsonl").write_text("".join(lines))
         if is_evaluated and iteration > 0:
-            write_folder(folder / f"checkpoint/{iteration:06}", trainer.save, about, history)
+            write_folder(folder / f"checkpoint/{iteration:06}", trainer.save, settings, history)
             for older in checkpoints(folder)[:-1]:
                 shutil.rmtree(older)
     print(f"samples-*.png, metrics.jsonl and the pipeline of the best evaluation are in {folder}")

@@ -1,13 +1,16 @@
-"""What study/TRANSPLANT.md and the docstrings promise about other trainers."""
+"""What README.md, study/TRANSPLANT.md and docstrings show: their code, and other trainers."""
 
 import copy
 import math
+import shutil
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.distributions import Normal
 from torch.testing import assert_close
 
@@ -175,3 +178,14 @@ def test_the_pipeline_call_in_the_readme(pipe):
     scene.prompt = star.encode(pipe, [names["prompt"]], 20)
     for k in [1, 5, 9]:
         assert_close(names["maps"][k], scene.map(states[k - 1], k, names["core_tokens"]))
+
+
+def test_the_call_of_the_result_in_the_readme(tmp_path, monkeypatch):
+    """The miniature before training stands for the result. It paints what the prompt asks for."""
+    folder = tmp_path / "runs/ocr-spatiotemporal-0/pipeline"
+    shutil.copytree("tiny/sd3", folder)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(3)
+    exec(code_block(Path(__file__).parent.parent / "README.md", "python", "image.save"), {})
+    red, green, blue = numpy.median(Image.open("sign.png"), (0, 1))
+    assert blue > 60 + max(red, green)  # the prompt asks for a blue wall
