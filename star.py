@@ -80,8 +80,8 @@ def sde_step(latents, velocity, sigma, sigma_next, second_sigma, noise_level):
         std  = s * sqrt(-dt),    dt = sigma_next - sigma < 0,    x' = mean + std * noise
 
     Why noise? A deterministic sampler has no action probabilities, so there is no likelihood to
-    differentiate. Why is the mean not x + v * dt? Noise alone would spread x further than the model
-    has seen in training. A drift along the score, the gradient of log p(x), contracts x by as much.
+    differentiate. Why is the mean not x + v * dt? With noise alone x would spread further than in
+    the model's training. A drift along the score, the gradient of log p(x), contracts x by as much.
     The score follows from v. With Gaussian e, x is (1 - sigma) * image + sigma * e, and v estimates
     e - image. So
 
@@ -232,7 +232,7 @@ def group_advantages(rewards, global_std=False):
     rewards = rewards.float()
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     std = rewards.std(dim=None if global_std else 1, keepdim=True, unbiased=False)
-    equal = rewards.amax(dim=1, keepdim=True) == rewards.amin(dim=1, keepdim=True)
+    equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
     return torch.where(equal, 0.0, centred / (std + 1e-4))
 
 
@@ -532,7 +532,7 @@ class Trainer:
         args = self.args
         N, G, S = args.prompts_per_iteration, args.group_size, args.stochastic_steps
         # Seeded by the iteration, so that a resumed run draws the same numbers. The factor is
-        # larger than any number of iterations, so that runs with other seeds draw others.
+        # larger than any number of iterations, so that two seeds never share their numbers.
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + iteration)
         order = torch.randperm(len(self.task.prompts), generator=generator)
         prompts = [self.task.prompts[i] for i in order[:N]]
@@ -540,9 +540,9 @@ class Trainer:
         # S steps in a row are stochastic. They are few, since each costs a forward and a backward
         # pass in the update, and early, since these decide what the image will show. The first
         # one counts although its maps, of nearly pure noise, say little (README shows them).
-        choices = args.last_stochastic_step - S + 2  # of the first one: 0, 1, ..., last - S + 1
-        start = torch.randint(choices, (), generator=generator).item()
-        steps = range(start, start + S)
+        last_first = args.last_stochastic_step - S + 1
+        first = torch.randint(last_first + 1, (), generator=generator).item()
+        steps = range(first, first + S)
         recorded = [] if args.allocation == "uniform" else steps
 
         # A group that starts from the same noise differs only by its actions. So they alone explain
@@ -556,13 +556,48 @@ class Trainer:
             self.add_reference_means(batches)
         return [prompt for prompt in prompts for _ in range(G)], batches
 
+    def rollouts(self, policy, noise, prompts, steps=(), generator=None, recorded_steps=()):
+        """Rollouts in batches, from noise [N * G, C, H, W] for N prompts: G images of each. Without
+        `steps` they are deterministic."""
+        copies = len(noise) // len(prompts)
+        context, pooled = encode(self.pipe, prompts, self.args.max_sequence_length)
+        context = context.repeat_interleave(copies, dim=0)
+        pooled = pooled.repeat_interleave(copies, dim=0)
+        core_tokens = self.core_tokens(prompts).repeat_interleave(copies, dim=0)
+        size = self.args.batch_size
+        batches = []
+        for start in range(0, len(noise), size):
+            part = slice(start, start + size)
+            x = noise[part].to(DEVICE)
+            prompt = (context[part], pooled[part])
+            with self.autocast:
+                batch = rollout(
+                    policy, x, prompt, steps, generator, recorded_steps, core_tokens[part]
+                )
+            batches.append(batch)
+        return batches
+
+    @torch.no_grad()
+    def add_reference_means(self, batches):
+        """The means of the reference policy's Gaussians, for the KL penalty."""
+        reference = self.policy(self.reference, self.args.steps)
+        with offload_models(self.reference, device=DEVICE), self.autocast:
+            for batch in batches:
+                for k in batch.steps:
+                    mean, _ = reference.distribution(batch.latents[k], k, batch.prompt)
+                    batch.reference_means.append(mean)
+
+    def images_of(self, batches):
+        return [image for batch in batches for image in decode(self.pipe, batch.latents[-1])]
+
     def update(self, batches, advantages):
         """Make the actions behind the better images more likely. Advantages [N * G] -> metrics."""
         args = self.args
         metrics = defaultdict(list)
         per_update = len(batches) // args.updates_per_iteration  # each image serves one update
         for i, A in enumerate(advantages.split(args.batch_size)):
-            self.add_gradient(batches[i], A, per_update, i < per_update, metrics)
+            if A.any():  # else there is nothing to learn from these images
+                self.add_gradient(batches[i], A, per_update, i < per_update, metrics)
             if (i + 1) % per_update == 0:
                 norm = torch.nn.utils.clip_grad_norm_(self.transformer.parameters(), max_norm=1.0)
                 if not norm.isfinite():
@@ -578,18 +613,17 @@ class Trainer:
         """Add the gradient of a batch with advantages A [B]. An update averages over `per_update`
         batches."""
         args = self.args
+        H, W = self.shape[1:]
         if args.allocation != "uniform":
             maps = torch.stack(batch.maps, dim=1)
-            allocated = allocation_weights(maps, self.shape[1:], args.allocation, args.lam)
+            allocated = allocation_weights(maps, (H, W), args.allocation, args.lam)
             metrics["weight_peak"].append(allocated.amax((-2, -1)).mean())
-        if not A.any():
-            return  # nothing to learn from these images: the gradient is zero
         for j, k in enumerate(batch.steps):
             # How likely is the action that was taken, now? The rollout kept no graph.
             with self.autocast:
                 mean, std = self.training_policy.distribution(batch.latents[k], k, batch.prompt)
             log_prob = position_log_prob(batch.latents[k + 1], mean, std)
-            old_log_prob = batch.log_probs[j]
+            old_log_prob = batch.log_probs[j]  # needed from the second update on
 
             # This is where Flow-GRPO and STAR differ.
             if args.allocation == "uniform":  # one action per image, [B]
@@ -599,7 +633,7 @@ class Trainer:
                 clip_range = args.clip_range
             else:  # one action per position, [B, H, W]
                 weights = allocated[:, j]
-                clip_range = args.clip_range * math.sqrt(weights[0].numel())  # sqrt(H * W)
+                clip_range = args.clip_range * math.sqrt(H * W)
 
             if is_first_update:
                 # The model is still the one that sampled: the ratio is 1, whatever the rounding.
@@ -616,22 +650,6 @@ class Trainer:
             # over batches and steps is the mean.
             (loss / (per_update * len(batch.steps))).backward()
 
-    @torch.no_grad()
-    def add_reference_means(self, batches):
-        """The means of the reference policy's Gaussians, for the KL penalty."""
-        reference = self.policy(self.reference, self.args.steps)
-        with offload_models(self.reference, device=DEVICE), self.autocast:
-            for batch in batches:
-                for k in batch.steps:
-                    mean, _ = reference.distribution(batch.latents[k], k, batch.prompt)
-                    batch.reference_means.append(mean)
-
-    def moving_average(self, average, weight, n):
-        """The average of a weight after n earlier updates. At first it moves more quickly. (The
-        first update copies the weights, and does not call this.)"""
-        decay = min(self.args.ema_decay, (1 + n) / (10 + n))
-        return average.lerp(weight, 1 - decay)
-
     def policy(self, transformer, steps):
         """A transformer as the policy of so many denoising steps."""
         self.pipe.scheduler.set_timesteps(steps)
@@ -647,28 +665,11 @@ class Trainer:
         spans = [self.task.core_spans(prompt) for prompt in prompts]
         return core_tokens_of(self.pipe, prompts, spans, self.args.max_sequence_length)
 
-    def rollouts(self, policy, noise, prompts, steps=(), generator=None, recorded_steps=()):
-        """Rollouts in batches, from noise [N * G, C, H, W] for N prompts: G images of each. Without
-        `steps` they are deterministic."""
-        copies = len(noise) // len(prompts)
-        context, pooled = encode(self.pipe, prompts, self.args.max_sequence_length)
-        context = context.repeat_interleave(copies, dim=0)
-        pooled = pooled.repeat_interleave(copies, dim=0)
-        core_tokens = self.core_tokens(prompts).repeat_interleave(copies, dim=0)
-        size = self.args.batch_size
-        batches = []
-        for start in range(0, len(noise), size):
-            part = slice(start, start + size)
-            x = noise[part].to(DEVICE)
-            prompt = (context[part], pooled[part])
-            core = core_tokens[part]
-            with self.autocast:
-                batch = rollout(policy, x, prompt, steps, generator, recorded_steps, core)
-            batches.append(batch)
-        return batches
-
-    def images_of(self, batches):
-        return [image for batch in batches for image in decode(self.pipe, batch.latents[-1])]
+    def moving_average(self, average, weight, n):
+        """The average of a weight after n earlier updates. At first it moves more quickly. (The
+        first update copies the weights, and does not call this.)"""
+        decay = min(self.args.ema_decay, (1 + n) / (10 + n))
+        return average.lerp(weight, 1 - decay)
 
     def generate(self, prompts):
         """One image per prompt, deterministic, from the same noise every time. If there is an
@@ -753,8 +754,8 @@ PRESETS = {
         "last_stochastic_step": 4,
         "learning_rate": 1e-5,  # 3e-4 there, for LoRA; training all parameters needs far less
         "ema_decay": 0.99,  # 0.9 after every eighth update there, which is about the same
-        # 0.04 there (0.01 for PickScore), where the KL is divided by s^2. We divide by std^2, which
-        # is s^2 * -dt, and the mean of -dt over the steps that may be trained is 0.058.
+        # Flow-GRPO has 0.04 (0.01 for PickScore), and divides the KL by s^2. We divide by std^2,
+        # which is s^2 * -dt. Over the steps that may be trained, the mean of -dt is 0.058.
         "kl_weight": 0.04 * 0.058,
         "gradient_checkpointing": True,  # without it training is faster, but needs more memory
         "prompts_per_iteration": 8,
@@ -856,7 +857,7 @@ def parse_arguments(argv=None):
             f"model and its adapter (fuse_lora). A gated one needs `hf auth login`. ({error})"
         )
     full_size = config["sample_size"] >= 64  # latents; the miniature has 16 x 16
-    # Once more, with the defaults of this model and task.
+    # The first time was for --model and --task. The second time has their defaults.
     preset = PRESETS["full size"] if full_size else PRESETS.get(args.task, {})
     parser.set_defaults(full_size=full_size, t5=has_t5, **preset)
     args = parser.parse_args(argv)
@@ -889,7 +890,7 @@ def checkpoints(folder):
 
 
 def read_history(folder, settings, resume):
-    """The metrics of the run in a folder if it is to go on. Else there must be no run in it."""
+    """With resume: the metrics so far. Without: [], and the folder must hold no run."""
     if not resume:
         metrics = folder / "metrics.jsonl"
         if metrics.exists() and metrics.read_text().count("\n") > 1:  # more than iteration 0
@@ -906,7 +907,7 @@ def read_history(folder, settings, resume):
 
 
 def write_folder(folder, write, *content):
-    """Fill a folder beside its place, then move it there: a kill leaves no half of one."""
+    """Fill a folder under another name, then rename it. So a kill leaves no half-written folder."""
     partial = folder.with_name("partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

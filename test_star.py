@@ -668,7 +668,7 @@ def test_kl_pulls_back_to_the_reference_where_advantages_are(monkeypatch):
     trainer = trainer_of(SIZES + "--kl-weight 1000 --allocation uniform")
     for weight in trainer.reference.parameters():  # so that there is a distance
         weight.data *= 1.1
-    values = torch.tensor([3.0, 3, 3, 3, 1, 1, 1, 2])
+    values = torch.tensor([3.0, 3, 3, 3, 1, 2, 2, 3])
     advantages = star.group_advantages(values.view(2, 4)).flatten()
     batches = frozen_iteration(trainer, values, monkeypatch)
     twin = copy.deepcopy(trainer.transformer)
