@@ -1,6 +1,16 @@
 """What must be true of STAR, checked on closed forms and on the trained miniature.
 
-The tests with numbers hold the nine facts that the method promises.
+Tests with a number hold nine facts:
+
+1. Weights have mean 1.
+2. Without allocation the gradient is that of Flow-GRPO.
+3. The hook changes nothing.
+4. The map is the attention's own softmax.
+5. Log-probability and KL are those of the normal distribution.
+6. The stochastic sampler keeps the distribution. Without noise it is the sampler of diffusers.
+7. The first ratio is 1.
+8. Advantages have mean 0.
+9. A run that was killed and resumed is the same run.
 """
 
 import copy
@@ -84,7 +94,7 @@ class Scene:
         self.transformer = pipe.transformer
         self.noise = torch.randn(2, 8, 16, 16, generator=torch.manual_seed(0))
         self.prompt = star.encode(pipe, PROMPTS, build.TOKENS)
-        spans = [SPANS[0], [(2, 7)]]  # K7Q and green: both signs are at the same place
+        spans = [SPANS[0], [(2, 7)]]  # K7Q, and green
         self.core = star.core_tokens_of(pipe, PROMPTS, spans, build.TOKENS)
         self.policy = star.Policy(
             transformer=pipe.transformer,
@@ -161,8 +171,9 @@ def test_1_weights_without_core_words_are_one_and_nan_stays_visible():
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.5])
 def test_2_without_allocation_the_gradient_is_that_of_flow_grpo(pipe, guidance_scale):
-    """With lam = 0 the first gradient is that of Flow-GRPO's objective: a ratio per image and step,
-    and with guidance none through the unconditional half. With lam = 1 it is another."""
+    """With lam = 0 the first gradient is that of Flow-GRPO's objective, which has a ratio per image
+    and step. With guidance no gradient flows through the unconditional half. With lam = 1 the
+    gradient is another."""
     scene = Scene(pipe, guidance_scale)
     samples = scene.rollout()
     maps = torch.stack(samples.maps, dim=1)
@@ -220,7 +231,7 @@ def test_3_the_hook_changes_nothing(pipe):
 
 
 def test_3_no_hook_is_left_behind(pipe):
-    """Not even after an error, or where an allocator is entered twice."""
+    """Errors and a second entry leave none, either."""
     scene = Scene(pipe)
     allocator = AttentionAllocator(scene.transformer, scene.core)
     with pytest.raises(ZeroDivisionError), allocator, allocator:
@@ -276,7 +287,7 @@ def test_4_map_is_the_brute_force_map(pipe, blocks, guidance_scale, monkeypatch)
     joint = []  # those of the conditional half come first; dual attention is 64 x 64
     for softmax in found:
         if softmax.shape[-1] == 64 + 40:
-            joint.append(softmax[:, :, :64, 64:])
+            joint.append(softmax[:, :, :64, 64:])  # 64 image, 20 CLIP and 20 T5 tokens
     expected = core_share([joint[block] for block in blocks or [3]], scene.core)
     found = scene.map(scene.noise, 2, scene.core, blocks)
     assert_close(found, expected)
@@ -284,7 +295,7 @@ def test_4_map_is_the_brute_force_map(pipe, blocks, guidance_scale, monkeypatch)
 
 
 def test_4_rollout_keeps_the_map_of_each_step(pipe):
-    """Of the stochastic steps, or of those that are asked for."""
+    """The maps are those of the recorded steps."""
     scene = Scene(pipe, guidance_scale=3.0)
     for recorded in [[1, 2, 4], range(6)]:
         samples = scene.rollout(recorded)
@@ -417,7 +428,8 @@ def finished(tmp_path_factory):
 
 
 def assert_resumes_as(whole, folder):
-    """It goes on, or begins anew, to the metrics, weights, EMA and optimizer state of `whole`."""
+    """The run continues, or starts again. It ends with the metrics, weights, EMA and optimizer state
+    of `whole`."""
     if star.checkpoints(folder):
         run(folder, "--resume")
     else:
@@ -430,8 +442,8 @@ def assert_resumes_as(whole, folder):
 
 
 def test_a_run_leaves_what_it_promises(finished):
-    """Metrics, images, and a pipeline for plain diffusers with the average of the weights at the
-    best evaluation: of equal ones the last."""
+    """It leaves metrics, images, and a pipeline for plain diffusers. The pipeline has the average of
+    the weights at the best evaluation. Among equal ones the last one counts."""
     assert [line["images"] for line in metrics(finished)] == [0, 8, 16, 24]
     assert heldout_rewards(finished)[0] < heldout_rewards(finished)[-1] == 1
     for path in finished.glob("samples-*.png"):
@@ -471,7 +483,7 @@ def run_and_die(folder, owner, name, call):
 
 
 def start_process(function, *args):
-    """A process that is forked from one which has only imported this file: that is fast."""
+    """Start a process as a fork of one that has already imported this file. That is fast."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_star"])
     process = context.Process(target=function, args=args)
@@ -802,7 +814,7 @@ def test_defaults_follow_the_model(tmp_path):
         assert task.models == task.real_models
         assert len(task.prompts) >= 500
         assert not set(task.prompts) & set(task.heldout_prompts)
-    # Flow-GRPO's KL weight is for 2 s^2, ours for 2 std^2: equal on the mean over trained steps.
+    # Flow-GRPO divides by 2 s^2, we by 2 std^2. On average over trained steps the two agree.
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(args.steps)
     intervals = -scheduler.sigmas.diff()[: args.last_stochastic_step + 1]
@@ -843,8 +855,8 @@ def test_without_t5_in_bfloat16(tmp_path, capsys):
 
 @pytest.mark.parametrize("size", [1.0, 1e-8])
 def test_adafactor_steps_are_as_long_as_the_learning_rate(size):
-    """As AdamW's: where gradients are equal, of any size, a step moves each weight by the learning
-    rate, besides its decay. And a row of smaller gradients moves as far as the others."""
+    """With equal gradients of any size, a step moves each weight by the learning rate, as AdamW's
+    does. Weight decay comes on top. A row of smaller gradients moves as far as the others."""
     trainer = trainer_of("--optimizer adafactor --learning-rate 1e-3")
     weights = list(trainer.transformer.parameters())
     starts = copy.deepcopy(weights)
@@ -958,7 +970,7 @@ MISTAKES = [
 
 @pytest.mark.parametrize("arguments, said", MISTAKES)
 def test_a_mistake_is_one_sentence(arguments, said, inputs, tmp_path, capsys):
-    """And no sample has been written."""
+    """The run ends with a sentence, and no sample is written."""
     with pytest.raises(SystemExit) as end:
         run(tmp_path / "run", *arguments.replace("IN", str(inputs)).split())
     sentence = f"{end.value} {capsys.readouterr().err}"
@@ -1208,7 +1220,7 @@ def task_of(name):
 
 
 def test_a_mixture_is_the_weighted_mean():
-    """Of rewards divided by their scales. The core words are those of all tasks."""
+    """Rewards are divided by their scales first. The core words are those of all tasks."""
     task = task_of("ocr:0.7,pickscore:0.1")
     assert task.networks() == [task.tasks[0].reader, task.tasks[1].clip]
     images, prompts = world(6, sign_share=1.0)
