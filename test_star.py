@@ -428,8 +428,8 @@ def finished(tmp_path_factory):
 
 
 def assert_resumes_as(whole, folder):
-    """The run continues, or starts again. It ends with the metrics, weights, EMA and optimizer state
-    of `whole`."""
+    """The run continues, or starts again. It ends with the metrics, weights, EMA and optimizer
+    state of `whole`."""
     if star.checkpoints(folder):
         run(folder, "--resume")
     else:
@@ -442,8 +442,8 @@ def assert_resumes_as(whole, folder):
 
 
 def test_a_run_leaves_what_it_promises(finished):
-    """It leaves metrics, images, and a pipeline for plain diffusers. The pipeline has the average of
-    the weights at the best evaluation. Among equal ones the last one counts."""
+    """It leaves metrics, images, and a pipeline for plain diffusers. The pipeline has the average
+    of the weights at the best evaluation. Among equal ones the last one counts."""
     assert [line["images"] for line in metrics(finished)] == [0, 8, 16, 24]
     assert heldout_rewards(finished)[0] < heldout_rewards(finished)[-1] == 1
     for path in finished.glob("samples-*.png"):

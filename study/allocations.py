@@ -3,16 +3,14 @@
     python study/allocations.py maps 'a white wall with a red ball' --words 'red ball'
 
 shows where a Stable Diffusion 3 model looks for words of your own prompt. COMMAND --help describes
-the others. Options that it does not list go to star.py, such as --task geneval or --model NAME.
+the others. Options of star.py, such as --task geneval or --model NAME, may follow those of maps,
+map-quality and problem.
 """
 
 import argparse
-import inspect
-import itertools
 import json
 import math
 import multiprocessing
-import os
 import random
 import re
 import shutil
@@ -20,126 +18,162 @@ import statistics
 import sys
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
-from dataclasses import replace
+from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
-
-os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-import torch
-from diffusers.utils import make_image_grid
-from PIL import Image, ImageDraw, ImageFont, ImageStat
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "tiny"))
+import star  # isort: skip  (the first, since it silences the libraries)
 import build
+import torch
+from diffusers.utils import make_image_grid
+from PIL import Image, ImageDraw, ImageFont, ImageStat
+from torch.nn.functional import avg_pool2d
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from tqdm import tqdm
 
-import rewards
-import star
-from rewards import OCR, GenEval, Task, UserError, naming, require, scores
+from rewards import (
+    NUMBERS,
+    OCR,
+    GenEval,
+    Task,
+    content_word_spans,
+    make_task,
+    plural,
+    quoted_span,
+)
 
-NAMES = {"uniform": "Flow-GRPO", "spatiotemporal0.5": "STAR"}  # the other kinds have no other name
-KINDS = "uniform,spatial,spatial0.5,spatiotemporal,spatiotemporal0.5"
-CONTROLS, RATES = ",shuffled,oracle", "4e-4,8e-4"
-TUNING_SEEDS, FRESH_SEEDS = "100,101,102,103", "20,21,22,23,24,25,26,27,28,29"
-RUNS = Path("runs/study.jsonl")
-STUDY = {  # the options of star.py for each task of the comparison
-    "ocr": "--iterations=20 --evaluate-every=4 --ema-decay=0 --monitor=",
-    "pickscore": "--iterations=10 --evaluate-every=2",
-    "geneval": "--iterations=20 --evaluate-every=4 --monitor=",
+HERE = Path(__file__).parent
+
+# ------------------------------------------------------------------------------- What is compared
+# Kinds of allocation: --allocation and --lam. `shuffled` has the values of the maps in random
+# places, `oracle` the true region of each finished image. They are controls.
+KINDS = {
+    "uniform": ("uniform", 1.0),
+    "spatial": ("spatial", 1.0),
+    "spatial0.5": ("spatial", 0.5),
+    "spatiotemporal": ("spatiotemporal", 1.0),
+    "spatiotemporal0.5": ("spatiotemporal", 0.5),
+    "shuffled": ("spatial", 1.0),
+    "oracle": ("spatial", 1.0),
 }
-rewards.silence_libraries()  # also in the processes of `train`
-COLOURS = "#1f77b4 #d62728 #2ca02c #9467bd #ff7f0e #17becf".split()
+STAR = "spatiotemporal0.5"  # the default of star.py
+NAMES = {"uniform": "Flow-GRPO", STAR: "STAR"}  # the other kinds have no other name
+
+TASKS = {
+    "writing": "ocr",
+    "objects": "geneval",
+    "preference": "pickscore",
+    "brightness": f"{HERE}/allocations.py:Brightness",
+}
+LOCATED_TASKS = ["writing", "objects"]  # the others are about the whole picture
+
+# Training runs: images and number of updates, and rewards that a run may reach.
+EXPERIMENTS = {
+    "writing-8": {"task": "writing", "images": 8, "updates": 60, "goals": [0.7, 0.8, 0.9]},
+    "writing-24": {"task": "writing", "images": 24, "updates": 60, "goals": [0.7, 0.8, 0.9]},
+    "objects-24": {"task": "objects", "images": 24, "updates": 60, "goals": [0.6, 0.65, 0.7]},
+    "preference-8": {"task": "preference", "images": 8, "updates": 60, "goals": [14, 15, 16]},
+    "preference-24": {"task": "preference", "images": 24, "updates": 60, "goals": [14, 16, 18]},
+    "brightness-24": {"task": "brightness", "images": 24, "updates": 60, "goals": [0.6, 0.7, 0.8]},
+}
+RATES = [1e-4, 2e-4, 4e-4]
+TUNING_SEEDS = list(range(100, 104))
+FRESH_SEEDS = list(range(30, 40))
+
+# First-order gains: a task and how many objects its prompts may ask for, if that matters.
+SUBJECTS = {
+    "writing": ("writing", None),
+    "objects": ("objects", None),
+    "preference": ("preference", None),
+    "brightness": ("brightness", None),
+    "one object": ("objects", [1]),
+    "two objects": ("objects", [2]),
+    "three or four objects": ("objects", [3, 4]),
+}
+
+EVALUATION_PROMPTS = 48
+GAIN_IMAGES = 24
+WORK = Path("runs/study")  # for what is not finished
+GAINS = "gains.jsonl"  # the files of results
+RUNS = "learning.jsonl"
+STEPS = "steps.jsonl"
+FIGURE = HERE / "figures/results.png"
 
 
-def load_trainer(more):
-    """star.Trainer on the CPU in float32 with these options of star.py."""
-    return star.Trainer(*star.parse_arguments(["--device=cpu", "--no-bfloat16", *more]))
+def task_options(task, images):
+    """Options of star.py for a task of TASKS with this many images an update."""
+    return [
+        f"--task={TASKS[task]}",
+        f"--prompts-per-iteration={images // 8}",
+        "--group-size=8",
+        f"--batch-size={images}",
+        f"--evaluation-prompts={EVALUATION_PROMPTS}",
+        "--ema-decay=0",
+        "--monitor=",
+        "--no-bfloat16",
+    ]
 
 
-def draw_lines(path, lines, across, up):
-    """Draw {name: {x: values}}: the mean at each x, and a band from min to max."""
-    values = [value for points in lines.values() for at_x in points.values() for value in at_x]
-    unit = 10 ** math.floor(math.log10(max(values) - min(values) + 1e-3)) / 2
-    low, high = math.floor(min(values) / unit), math.floor(max(values) / unit) + 1
-    xs = sorted({x for points in lines.values() for x in points})
-    image = Image.new("RGB", (1800, 980), "white")  # twice the final size, which smooths the lines
-    draw, font = ImageDraw.Draw(image, "RGBA"), ImageFont.load_default(36)
-
-    def place(x, y):
-        right, down = (x - xs[0]) / (xs[-1] - xs[0] or 1), (high - y / unit) / (high - low)
-        return 140 + 1180 * right, 70 + 790 * down
-
-    def track(points, choose):
-        return [place(x, choose(points[x])) for x in sorted(points)]
-
-    draw.text((140, 8), up, "black", font)
-    draw.text((730, 926), across, "black", font, anchor="mt")
-    for y in (unit * n for n in range(low, high + 1, math.ceil((high - low) / 8))):
-        draw.line([place(xs[0], y), place(xs[-1], y)], "#dddddd", 2)
-        draw.text((120, place(0, y)[1]), f"{y:.6g}", "black", font, anchor="rm")
-    for x in xs[:: math.ceil(len(xs) / 11)]:
-        draw.text((place(x, 0)[0], 876), f"{x}", "black", font, anchor="mt")
-    for row, (name, points) in enumerate(lines.items()):
-        colour = COLOURS[row % len(COLOURS)]
-        draw.polygon(track(points, min) + track(points, max)[::-1], colour + "28")
-        draw.line(track(points, statistics.mean), colour, 6, joint="curve")
-        draw.text((1350, 60 + 48 * row), NAMES.get(name, name), colour, font)
-    rewards.write(path, image.reduce(2).save)
+def kind_options(kind):
+    allocation, lam = KINDS[kind]
+    return [f"--allocation={allocation}", f"--lam={lam}"]
 
 
-def draw_row(title, tiles, side=150):
-    """[(image, caption)] beside each other below a title."""
-    row = Image.new("RGB", (len(tiles) * (side + 6), side + 54), "white")
-    draw, font = ImageDraw.Draw(row), ImageFont.load_default(14)
-    draw.text((3, 2), title, "black", font)
-    for i, (image, caption) in enumerate(tiles):
-        smooth = Image.LANCZOS if image.width > side else Image.NEAREST
-        row.paste(image.resize((side, side), smooth), (3 + i * (side + 6), 24))
-        draw.text((3 + i * (side + 6), side + 27), caption, "black", font)
-    return row
+def load_trainer(options, task=None):
+    """star.Trainer on the CPU with these options of star.py."""
+    star.DEVICE = "cpu"
+    args = star.parse_arguments(options)
+    return star.Trainer(args, task or make_task(args))
 
 
-def overlay(image, strength, colour):
-    """The image in grey below a colour that is as strong as `strength` [h, w] in [0, 1]."""
-    mask = Image.fromarray((200 * strength).byte().cpu().numpy())
-    grey, colour = image.convert("L").convert("RGB"), Image.new("RGB", image.size, colour)
-    return Image.composite(colour, grey, mask.resize(image.size, Image.NEAREST))
+def read_results(folder, name):
+    """The finished results in a file of JSON lines; none if there is no file."""
+    file = Path(folder, name)
+    if not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def watch(trainer, prompts):
-    """A deterministic rollout of one image per prompt, with the map of each step."""
-    generator, steps = torch.Generator().manual_seed(trainer.args.seed), range(trainer.args.steps)
-    noise = torch.randn(len(prompts), *trainer.shape, generator=generator).to(trainer.args.device)
-    *prompt, core = trainer.encode_prompts(prompts)
-    with trainer.autocast:
-        return star.rollout(trainer.policy(len(steps)), noise, prompt, (), None, steps, core)
+def add_result(folder, name, result):
+    """Add a line. Numbers keep five digits."""
+
+    def short(value):
+        if isinstance(value, float):
+            return float(f"{value:.5g}")
+        if isinstance(value, list):
+            return [short(each) for each in value]
+        if isinstance(value, dict):
+            return {key: short(each) for key, each in value.items()}
+        return value
+
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with open(Path(folder, name), "a") as file:
+        file.write(json.dumps(short(result)) + "\n")
 
 
-def maps(prompts, words=None, save=Path("maps.png"), more=()):
-    """Show where a model looks for --words of your prompts, in one image.
+def is_finished(results, about):
+    """Is there a result with these values?"""
+    for result in results:
+        if about.items() <= result.items():
+            return True
+    return False
 
-    Five denoising steps have a column each: the image that the model predicts there, in grey, and
-    the attention to the words, in red. Without --words: the quoted text or all content words."""
-    options = ["--stochastic-range=0-0", "--stochastic-steps=1", "--kl-weight=0", "--ema-decay=0"]
-    task, rows, whole = Task(), [], re.compile(rf"(?<!\w){re.escape(words or '')}(?!\w)", re.I)
-    task.core_spans = lambda prompt: [match.span() for match in whole.finditer(prompt)]
-    if not words:
-        task.core_spans = lambda p: rewards.quoted_span(p) or rewards.content_word_spans(p)
-    trainer = star.Trainer(star.parse_arguments([*options, *more])[0], task)
-    samples, sigmas = watch(trainer, prompts), trainer.policy(trainer.args.steps).sigmas
-    for prompt, x, each in zip(prompts, samples.latents, samples.maps):
-        require(each.any(), f"the words are not in the prompt or beyond the token limit: {prompt}")
-        tiles = []
-        for k in rewards.evenly_spaced(range(len(each)), 5):
-            velocity = (x[k + 1] - x[k]) / (sigmas[k + 1] - sigmas[k])
-            (image,) = star.decode(trainer.pipe, (x[k] - sigmas[k] * velocity)[None])
-            shown = overlay(image, each[k] / each[k].max(), "#e61e1e")
-            tiles.append((shown, f"step {k}, sigma {sigmas[k]:.2f}"))
-        tiles.append((*star.decode(trainer.pipe, x[-1:]), "finished"))
-        rows.append(draw_row(prompt, tiles))
-    rewards.write(save, make_image_grid(rows, rows=len(rows), cols=1).save)
-    print(f"{save} shows the attention to {words or 'the quoted text or the content words'}")
+
+def run_jobs(function, jobs, title):
+    """Call function(*job) for each job, one at a time per core. Yields (job, what it returned)."""
+    if not jobs:
+        return
+    pool = ProcessPoolExecutor(
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=torch.set_num_threads,
+        initargs=(1,),
+    )
+    with pool:
+        futures = {pool.submit(function, *job): job for job in jobs}
+        for future in tqdm(as_completed(futures), title, len(jobs)):
+            yield futures[future], future.result()
 
 
 # ----------------------------------------------------------------------------- Kinds of allocation
@@ -147,503 +181,1319 @@ class Brightness(Task):
     """A reward about the whole image: `--task study/allocations.py:Brightness`."""
 
     def reward(self, images, prompts):
-        return [sum(ImageStat.Stat(image).mean) / 3 / 255 for image in images]
-
-
-def tokens_of(masks):
-    """The image tokens [8, 8] of which masks [32, 32] together cover a quarter or more."""
-    together = sum(masks, torch.zeros(build.SIZE, build.SIZE)) > 0
-    return torch.nn.functional.avg_pool2d(together[None].float(), build.GRID)[0] >= 0.25
+        values = []
+        for image in images:
+            red, green, blue = ImageStat.Stat(image).mean
+            values.append((red + green + blue) / 3 / 255)
+        return values
 
 
 def true_regions(task, images):
     """Which tokens show what the reward is about: bool [B, 8, 8]; None if it is the whole image."""
     if isinstance(task, GenEval):
-        found = [sum(each.values(), []) for each in task.detect(images)]
-        return torch.stack([tokens_of([one.mask for one in each]) for each in found])
-    return torch.stack([*map(sign_region, images)]) if isinstance(task, OCR) else None
+        regions = []
+        for found in task.detect(images):
+            masks = [one.mask for objects in found.values() for one in objects]
+            regions.append(tokens_of(masks))
+        return torch.stack(regions)
+    if isinstance(task, OCR):
+        return torch.stack([sign_region(image) for image in images])
+    return None
+
+
+def tokens_of(masks):
+    """The image tokens [8, 8] of which masks [32, 32] together cover a quarter or more."""
+    together = torch.zeros(build.SIZE, build.SIZE, dtype=torch.bool)
+    for mask in masks:
+        together |= mask
+    covered = avg_pool2d(together[None].float(), build.GRID)[0]
+    return covered >= 0.25
 
 
 def sign_region(image):
-    """Where most pixels are shades of one colour of signs, many are light, and the wall differs."""
+    """The tokens of the places that show a sign."""
     pixels = (build.to_tensor([image])[0] / 2 + 0.5) * 255
-    wall = pixels.flatten(1).median(1).values
-    region, (width, height) = torch.zeros(8, 8, dtype=torch.bool), build.SIGN
-    for (x, y), name in itertools.product(build.PLACES, build.SIGN_COLOURS):
-        colour = torch.tensor(build.COLOURS[name]).float()
+    wall = pixels.flatten(1).median(dim=1).values
+    region = torch.zeros(8, 8, dtype=torch.bool)
+    width, height = build.SIGN
+    for x, y in build.PLACES:
         inside = pixels[:, y : y + height, x : x + width].flatten(1)
-        shade = (colour @ inside / (colour @ colour)).clamp(0, 1)  # 0 is black
-        near = (inside - shade * colour[:, None]).norm(dim=0) < 45
-        light, other = near & (shade > 0.6), (colour - wall).norm() > 60
-        if other and near.float().mean() > 0.75 and light.float().mean() > 0.4:
-            region[y // 4 : (y + height) // 4, x // 4 : (x + width) // 4] = True
+        if is_sign(inside, wall):
+            rows = slice(y // build.GRID, (y + height) // build.GRID)
+            columns = slice(x // build.GRID, (x + width) // build.GRID)
+            region[rows, columns] = True
     return region
 
 
-def changed_maps(kind, task, pipe, samples):
-    """The maps [B, S, 8, 8] of a kind of allocation, see `train`, from those of the samples."""
-    if kind == "uniform":
-        return torch.ones_like(samples.log_prob)
+def is_sign(pixels, wall):
+    """Are most pixels [3, N] shades of a colour of signs, many of them light, unlike the wall?"""
+    for name in build.SIGN_COLOURS:
+        colour = torch.tensor(build.COLOURS[name]).float()
+        shade = (colour @ pixels) / (colour @ colour)
+        shade = shade.clamp(0, 1)  # 0 is black
+        near = (pixels - shade * colour[:, None]).norm(dim=0) < 45
+        light = near & (shade > 0.6)
+        differs = (colour - wall).norm() > 60
+        if differs and near.float().mean() > 0.75 and light.float().mean() > 0.4:
+            return True
+    return False
+
+
+def maps_of_kind(kind, batch, task, images):
+    """The maps [B, S, 8, 8] that a kind of allocation uses, of a rollout and its images."""
+    maps = torch.stack(batch.maps, dim=1)
     if kind == "shuffled":
-        values = samples.maps.flatten(2)
-        order = torch.rand(values.shape).argsort(-1).to(values.device)
-        return values.gather(-1, order).view_as(samples.maps)
+        values = maps.flatten(2)
+        order = torch.rand(values.shape).argsort(-1)
+        return values.gather(-1, order).view_as(maps)
     if kind == "oracle":
-        regions = true_regions(task, star.decode(pipe, samples.latents[:, -1]))
-        return regions.to(samples.maps)[:, None].expand_as(samples.maps)
-    return samples.maps
+        regions = true_regions(task, images).float()
+        return regions[:, None].expand_as(maps)
+    return maps
 
 
+def watch(trainer, prompts, recorded_steps=()):
+    """Deterministic rollouts of one image per prompt, in batches."""
+    generator = torch.Generator().manual_seed(trainer.args.seed)
+    noise = torch.randn(len(prompts), *trainer.shape, generator=generator)
+    policy = trainer.training_policy
+    return trainer.rollouts(policy, noise, prompts, recorded_steps=recorded_steps)
+
+
+def watch_maps(trainer, prompts):
+    """Per prompt the latents [T + 1, C, H, W] of one image, and the maps [T, H/2, W/2]."""
+    samples = []
+    for batch in watch(trainer, prompts, range(trainer.args.steps)):
+        latents = torch.stack(batch.latents, dim=1)
+        maps = torch.stack(batch.maps, dim=1)
+        samples += zip(latents, maps)
+    return samples
+
+
+# ------------------------------------------------------------------------------- First-order gain
+# How much does one update raise the reward, to first order? Flow-GRPO's estimate of the gradient
+# is unbiased. So the expected rise is its expected inner product with the update, if the images
+# behind the two are independent. An update is an estimate of a kind's gradient as AdamW would
+# normalise it. The gain is the rise with a kind, divided by that with Flow-GRPO, for updates of
+# equal length. It needs no training, but is about the starting weights only.
+EPSILON = 1e-8  # AdamW's; the gradients of the miniature are small enough for it to matter
+MEASURED_KINDS = ["uniform", "spatial", "spatiotemporal", "shuffled", "oracle"]
+MIXED_KINDS = {"spatial0.5": "spatial", "spatiotemporal0.5": "spatiotemporal"}
+
+
+def estimate(trainer, index, kinds):
+    """Estimate the gradient from the images of one iteration, with each of some MEASURED_KINDS.
+
+    Returns the gradients per kind, [S, parameters], whose sum over S is what training uses; the
+    steps; and the share of the picture that the reward is about, in images that show it.
+    """
+    args = trainer.args
+    torch.manual_seed(index)  # of the shuffled maps
+    prompts, (batch,) = trainer.sample(index)
+    images = trainer.images_of([batch])
+    values = trainer.task.scores(images, prompts, star.DEVICE)
+    advantages = star.group_advantages(values.view(-1, args.group_size), args.global_std)
+    advantages = advantages.clamp(-5, 5).flatten()
+
+    weights = {}
+    for kind in kinds:
+        allocation, lam = KINDS[kind]
+        if kind == "uniform":
+            allocation, lam = "spatial", 0.0
+        maps = maps_of_kind(kind, batch, trainer.task, images)
+        weights[kind] = star.allocation_weights(maps, trainer.shape[1:], allocation, lam)
+
+    parameters = list(trainer.transformer.parameters())
+    gradients = defaultdict(list)
+    for j, k in enumerate(batch.steps):
+        mean, std = trainer.training_policy.distribution(batch.latents[k], k, batch.prompt)
+        log_prob = star.position_log_prob(batch.latents[k + 1], mean, std)
+        old = log_prob.detach()
+        for kind in kinds:
+            loss, _, _ = star.star_loss(log_prob, old, advantages, weights[kind][:, j], 1.0)
+            loss = loss / len(batch.steps)
+            pieces = torch.autograd.grad(
+                loss, parameters, retain_graph=True, materialize_grads=True
+            )
+            gradients[kind].append(torch.cat([piece.flatten() for piece in pieces]))
+    return {
+        "gradients": {kind: torch.stack(vectors) for kind, vectors in gradients.items()},
+        "steps": list(batch.steps),
+        "share": share_of_picture(trainer.task, images),
+    }
+
+
+def share_of_picture(task, images):
+    """The mean share of the true region, in images that have one; None if none has."""
+    regions = true_regions(task, images)
+    if regions is None:
+        return 1.0
+    shares = regions.float().mean(dim=(1, 2))
+    shares = shares[shares > 0]
+    return shares.mean().item() if len(shares) > 0 else None
+
+
+def of_kind(kind, gradients):
+    """The gradient of a kind from those of MEASURED_KINDS. With lam = 0.5 the weights are the mean
+    of two others, and so is the gradient."""
+    if kind in MIXED_KINDS:
+        return (gradients["uniform"] + gradients[MIXED_KINDS[kind]]) / 2
+    return gradients[kind]
+
+
+def all_and_without_each(values):
+    """Sums over the first dimension, [N, ...] -> [1 + N, ...]: of all, and without each."""
+    total = values.sum(dim=0, keepdim=True)
+    return torch.cat([total, total - values])
+
+
+def expected_rise(raw, estimates):
+    """What first-order gain is made of, summed over some parameters.
+
+        update[j] = estimates[j] / (root mean square over j of estimates + epsilon)
+        rise      = mean over i != j of  <raw[i], update[j]>
+        length^2  = mean over j of       |update[j]|^2
+
+    raw, estimates [N, parameters]: Flow-GRPO's and a kind's, of the same images. Returns rise and
+    squared length, [1 + N] each: with all N estimates, and without each of them.
+    """
+    raw = raw.double()
+    estimates = estimates.double()
+    N = len(raw)
+    count = torch.tensor([N] + [N - 1] * N)
+    mean_square = all_and_without_each(estimates.square()) / count[:, None]
+    mean_square = mean_square.clamp(min=0)  # else rounding could make it negative
+    scale = mean_square.sqrt() + EPSILON
+    all_pairs = all_and_without_each(raw) * all_and_without_each(estimates)
+    equal_pairs = all_and_without_each(raw * estimates)
+    rise = ((all_pairs - equal_pairs) / scale).sum(dim=1) / (count * (count - 1))
+    squared_length = (mean_square / scale.square()).sum(dim=1)
+    return torch.stack([rise, squared_length])
+
+
+def relative_gain(of_kind, of_flow_grpo):
+    """(gain, its standard error) from two results of `expected_rise`.
+
+    The error is the jackknife's: how much the gain varies when an estimate is left out.
+    """
+    rise, squared_length = of_kind
+    flow_grpo_rise, flow_grpo_squared_length = of_flow_grpo
+    gains = rise / squared_length.sqrt()
+    gains = gains / (flow_grpo_rise / flow_grpo_squared_length.sqrt())
+    without_each = gains[1:]
+    N = len(without_each)
+    error = math.sqrt((N - 1) * without_each.var(unbiased=False))
+    return gains[0].item(), error
+
+
+def measure_gains(estimates, block=4_000):
+    """{kind: {"all" or a step: [gain, error]}} from what `estimate` returned."""
+    size = estimates[0]["gradients"]["uniform"].shape[1]
+    measured = list(estimates[0]["gradients"])
+    totals = {}  # of `expected_rise`, of each step and kind
+    for start in range(0, size, block):
+        part = slice(start, start + block)
+        for step in ["all", 0, 1, 2, 3]:
+            gradients = {}
+            for kind in measured:
+                gradients[kind] = vectors_of_step(estimates, kind, step, part)
+            if len(gradients["uniform"]) < 3:
+                continue  # too few for an error
+            for kind in measured + list(MIXED_KINDS):
+                rise = expected_rise(gradients["uniform"], of_kind(kind, gradients))
+                totals[step, kind] = totals.get((step, kind), 0) + rise
+    gains = defaultdict(dict)
+    for (step, kind), total in totals.items():
+        gain, error = relative_gain(total, totals[step, "uniform"])
+        gains[kind][str(step)] = [gain, error]
+    return dict(gains)
+
+
+def vectors_of_step(estimates, kind, step, part):
+    """[N, part of the parameters] of a step, from the estimates that have it, or of all steps."""
+    vectors = []
+    for each in estimates:
+        gradients = each["gradients"][kind][:, part]
+        if step == "all":
+            vectors.append(gradients.sum(dim=0))
+        elif step in each["steps"]:
+            vectors.append(gradients[each["steps"].index(step)])
+    if not vectors:
+        return torch.zeros(0, 0)
+    return torch.stack(vectors)
+
+
+def subject_trainer(subject):
+    """A trainer whose training prompts are those of a subject."""
+    task, counts = SUBJECTS[subject]
+    options = task_options(task, GAIN_IMAGES) + ["--allocation=spatial", "--seed=1000"]
+    trainer = load_trainer(options)
+    if counts is not None:
+        prompts = []
+        for prompt in trainer.task.prompts:
+            clauses = trainer.task.metadata[prompt]["include"]
+            if sum(clause["count"] for clause in clauses) in counts:
+                prompts.append(prompt)
+        trainer.task.prompts = prompts
+    return trainer
+
+
+def save_estimates(subject, indices, folder):
+    """Make some estimates, each in a file. What was made before an interruption is kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kinds = list(MEASURED_KINDS)
+    if SUBJECTS[subject][0] not in LOCATED_TASKS:
+        kinds.remove("oracle")
+    trainer = subject_trainer(subject)
+    for index in indices:
+        file = folder / f"{index:05}.pt"
+        if not file.exists():
+            partial = file.with_suffix(".partial")
+            torch.save(estimate(trainer, index, kinds), partial)
+            partial.rename(file)
+
+
+def gain(subjects, count, results):
+    """Measure the first-order gain of each kind of allocation, from estimates of the gradient.
+
+    A finished gain becomes a line of gains.jsonl and is not measured again. Estimates that were
+    made before an interruption are kept.
+    """
+    for subject in subjects:
+        about = {"subject": subject, "estimates": count}
+        if is_finished(read_results(results, GAINS), about):
+            continue
+        folder = WORK / f"gain {subject}"
+        jobs = []
+        for start in range(1, count + 1, 5):
+            indices = range(start, min(start + 5, count + 1))
+            jobs.append((subject, indices, folder))
+        for _ in run_jobs(save_estimates, jobs, f"estimates: {subject}"):
+            pass
+        files = [folder / f"{index:05}.pt" for index in range(1, count + 1)]
+        estimates = [torch.load(file, mmap=True) for file in files]  # they stay on the disk
+        shares = [each["share"] for each in estimates if each["share"] is not None]
+        result = about | {
+            "share": statistics.mean(shares),
+            "gains": measure_gains(estimates),
+        }
+        add_result(results, GAINS, result)
+        shutil.rmtree(folder)  # 12 GB
+
+
+# ----------------------------------------------------------------------------------- Training runs
 class KindTrainer(star.Trainer):
     """star.py's trainer with a kind of allocation from this file. It measures its distance."""
 
+    kind = "uniform"
+
     def __init__(self, args, task):
         super().__init__(args, task)  # the weights are the starting ones, also with --resume
-        prompts = rewards.evenly_spaced(task.heldout_prompts, args.evaluation_prompts)
-        self.start, self.start_images = watch(self, prompts), self.generate(prompts)
-        self.start_means, self.start_regions = self.means(), true_regions(task, self.start_images)
+        self.start = watch(self, task.heldout_prompts)
+        self.start_means, _ = self.gaussians()
+        self.start_images = self.images_of(self.start)
+        self.start_regions = true_regions(task, self.start_images)
+        self.task_report = task.report
+        task.report = self.report  # star.py logs what it returns
+
+    def sample(self, iteration):
+        prompts, batches = super().sample(iteration)
+        torch.manual_seed(self.args.seed * 1_000_003 + iteration)  # of the shuffled maps
+        if self.kind in ["shuffled", "oracle"]:
+            for batch in batches:
+                images = self.images_of([batch])
+                maps = maps_of_kind(self.kind, batch, self.task, images)
+                batch.maps = list(maps.unbind(dim=1))
+        return prompts, batches
 
     @torch.no_grad()
-    def means(self):
-        """(mean, std) of the policy at each step that may be trained, on the way of `start`."""
-        policy, start = self.policy(self.args.steps), self.start
-        first, last = map(int, self.args.stochastic_range.split("-"))
-        with self.with_weights(self.ema) if self.ema else nullcontext(), self.autocast:
-            steps = range(first, last + 1)
-            return [policy.distribution(start.latents[:, k], k, start.prompt) for k in steps]
+    def gaussians(self):
+        """The policy at each step that may be trained, on the way of `start`: means and stds."""
+        means, stds = [], []
+        for k in range(self.args.last_stochastic_step + 1):
+            parts = []
+            for batch in self.start:
+                mean, std = self.training_policy.distribution(batch.latents[k], k, batch.prompt)
+                parts.append(mean)
+            means.append(torch.cat(parts))
+            stds.append(std)
+        return means, stds
 
-    def evaluate(self, prompts):
-        """Also the distance from the starting policy: on its own way to each image the KL, mean
-        over steps, channels, positions and prompts; of images the mean absolute difference, of 1.
-        Both also inside and outside of what the reward is about, in the first or the new image."""
-        metrics, images, values = super().evaluate(prompts)
-        pairs, pool = zip(self.means(), self.start_means), torch.nn.functional.avg_pool2d
-        kl = sum(star.kl_to_reference(mean, start, std) for (mean, std), (start, _) in pairs)
-        old, new = map(build.to_tensor, (self.start_images, images))  # in [-1, 1]
-        both = {"kl": pool(kl / len(self.start_means), 2), "change": (new - old).abs().mean(1) / 2}
-        both["change"] = pool(both["change"], build.GRID)
-        metrics["distance"] = distance = {"map": both["change"].mean(0).tolist()}
-        regions = dict(all=torch.ones(8, 8, dtype=torch.bool).expand_as(both["kl"]))
+    def report(self, images, prompts):
+        """Also the distance from the starting policy. On its own way to each image that is the KL,
+        mean over steps, channels, positions and prompts. Of images it is the mean absolute
+        difference, of 1. Both also inside and outside of what the reward is about, in the first or
+        the new image."""
+        report = self.task_report(images, prompts)
+        means, stds = self.gaussians()
+        kl = 0.0
+        for mean, start_mean, std in zip(means, self.start_means, stds):
+            kl = kl + star.kl_to_reference(mean, start_mean, std) / len(means)
+        kl = avg_pool2d(kl, 2)  # [B, 8, 8]
+        old = build.to_tensor(self.start_images)  # in [-1, 1]
+        new = build.to_tensor(images)
+        change = avg_pool2d((new - old).abs().mean(dim=1) / 2, build.GRID)
+        regions = {"all": torch.ones_like(kl, dtype=torch.bool)}
         if self.start_regions is not None:
-            inside = true_regions(self.task, images) | self.start_regions
-            regions |= dict(inside=inside, outside=~inside)
-        for (name, each), (where, region) in itertools.product(both.items(), regions.items()):
-            distance[f"{name} {where}"] = each[region].mean().item()
-        return metrics, images, values
-
-    def allocation(self, samples):
-        maps = changed_maps(self.kind, self.task, self.pipe, samples)
-        return super().allocation(replace(samples, maps=maps))
+            inside = self.start_regions | true_regions(self.task, images)
+            regions["inside"] = inside
+            regions["outside"] = ~inside
+        for where, region in regions.items():
+            report[f"kl {where}"] = kl[region].mean().item()
+            report[f"change {where}"] = change[region].mean().item()
+        return report
 
 
-def run_options(kind, more, **fixed):
-    """Options of star.py for a run: the kind's, `fixed` and `more`, which must not contradict."""
-    require(kind in (KINDS + CONTROLS).split(","), f"kind {kind} is not one of {KINDS}{CONTROLS}")
-    name, half = kind.removesuffix("0.5"), kind.endswith("0.5")
-    fixed["allocation"] = name if name in ("uniform", "spatiotemporal") else "spatial"
-    fixed["lam"] = 0.5 if half else 1.0
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in fixed.items()]
-    settings, task = star.parse_arguments([*options, *more])
-    wrong = [name for name, value in fixed.items() if getattr(settings, name) != value]
-    require(not wrong, f"the options must not set {', '.join(wrong)} of a run of {kind}")
-    located = kind != "oracle" or isinstance(task, OCR | GenEval)
-    require(located, f"oracle is for --task ocr or geneval, not for {settings.task}")
-    return [*options, *more]
+def run_folder(about):
+    name = "{experiment}-{kind}-{rate:g}-{seed}".format_map(about)
+    return WORK / name
 
 
-def make_run(folder, about, options):
-    """Make or continue a run, which prints to FOLDER.log: `about` it, and a list per number."""
+def train_kind(about, updates, folder):
+    """Make or continue a run of star.py, which prints to FOLDER.log. about: see `make_run`."""
+    experiment = EXPERIMENTS[about["experiment"]]
+    options = task_options(experiment["task"], experiment["images"])
+    options += kind_options(about["kind"])
+    options += [
+        f"--learning-rate={about['rate']}",
+        f"--seed={about['seed']}",
+        f"--iterations={updates}",
+        f"--evaluate-every={max(1, experiment['updates'] // 10)}",
+        f"--out={folder}",
+    ]
+    if star.checkpoints(folder):
+        options.append("--resume")
+    else:
+        shutil.rmtree(folder, ignore_errors=True)  # it died before its first checkpoint
     folder.parent.mkdir(parents=True, exist_ok=True)
-    options = options + ["--resume"] * len(star.checkpoints(folder))
-    torch.manual_seed(about["seed"])  # of the shuffled maps
-    KindTrainer.kind, star.Trainer = about["kind"], KindTrainer
+    star.DEVICE = "cpu"
+    KindTrainer.kind = about["kind"]
+    plain_trainer = star.Trainer
+    star.Trainer = KindTrainer
     with open(f"{folder}.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
         star.main(options)
-    run = defaultdict(list, about)
-    for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
+    star.Trainer = plain_trainer
+
+
+def make_run(about):
+    """Train with an experiment, a kind, a rate and a seed. Returns them, and a list per number."""
+    folder = run_folder(about)
+    train_kind(about, EXPERIMENTS[about["experiment"]]["updates"], folder)
+    run = defaultdict(list)
+    for text in (folder / "metrics.jsonl").read_text().splitlines():
+        line = json.loads(text)
         if "heldout_reward" in line:
-            run["map"] = line["distance"].pop("map")  # only the last
-            numbers = dict(images=line["images"], reward=line["heldout_reward"])
-            for name, value in (numbers | line["distance"] | line["report"]).items():
+            run["images"].append(line["images"])
+            run["reward"].append(line["heldout_reward"])
+            for name, value in line["report"].items():
                 run[name].append(value)
-    return json.loads(json.dumps(run), parse_float=lambda text: float(f"{float(text):.5g}"))
+    return about | run
 
 
-def train(kinds=KINDS, rates=RATES, seeds=TUNING_SEEDS, runs=RUNS, more=()):
-    """Train each of --kinds at each of --rates with each of --seeds, one run per core.
+def train(plan, results):
+    """Train with each of some kinds at each rate with each seed, one run per core.
 
-    shuffled has the maps' values in random places, oracle the true region of each finished image.
-    A finished run becomes a line of the file --runs and is not made again."""
-    with naming(f"--rates {rates} or --seeds {seeds}"):
-        rates, seeds = [*map(float, rates.split(","))], [*map(int, seeds.split(","))]
-    task, jobs, finished = star.parse_arguments(more)[0].task, [], read_runs(runs)
-    for kind, rate, seed in itertools.product(kinds.split(","), rates, seeds):
-        about = dict(task=task, kind=kind, rate=rate, seed=seed, options=" ".join(more))
-        name = f"{task.rpartition('.py:')[2]}-{kind}-{rate:g}-{seed}".lower()
-        folder = Path("runs/study", re.sub(r"[^\w.]+", "-", name))
-        fixed = dict(out=f"{folder}", seed=seed, learning_rate=rate)
-        if not any(about.items() <= run.items() for run in finished):
-            jobs.append((folder, about, run_options(kind, more, **fixed)))
-    runs.parent.mkdir(parents=True, exist_ok=True)
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(None, spawn, torch.set_num_threads, (1,)) as pool:  # one per core
-        folders = {pool.submit(make_run, *job): job[0] for job in jobs}
-        for done in tqdm(as_completed(folders), "runs", len(jobs), disable=not jobs):
-            with open(runs, "a") as file:
-                file.write(json.dumps(done.result()) + "\n")
-            shutil.rmtree(folders[done])  # hundreds of runs would fill the disk
+    A finished run becomes a line of learning.jsonl and is not made again. An interrupted one goes
+    on. plan: lines of an experiment, kinds, rates and seeds, which are made in this order.
+    """
+    finished = read_results(results, RUNS)
+    jobs = []
+    for experiment, kinds, rates, seeds in plan:
+        task = EXPERIMENTS[experiment]["task"]
+        for seed in seeds:
+            for rate in rates:
+                for kind in kinds:
+                    if kind == "oracle" and task not in LOCATED_TASKS:
+                        sys.exit(f"there is no oracle for {task}: its region is the whole picture")
+                    about = {"experiment": experiment, "kind": kind, "rate": rate, "seed": seed}
+                    if not is_finished(finished, about) and (about,) not in jobs:
+                        jobs.append((about,))
+    for (about,), run in run_jobs(make_run, jobs, "runs"):
+        add_result(results, RUNS, run)
+        shutil.rmtree(run_folder(about))  # hundreds of runs would fill the disk
 
 
-def all_(seeds=FRESH_SEEDS, runs=Path("study/runs.jsonl"), figures=Path("study/figures")):
-    """Make the runs of study/RESULTS.md that are not in the file --runs, its tables and figures."""
-    ranks, rows = defaultdict(list), []
-    for task, options in STUDY.items():
-        more = ["--task", task, *options.split()]
-        train(KINDS, RATES, TUNING_SEEDS, runs, more)
-        for which in dict.fromkeys((TUNING_SEEDS, seeds)):
-            table = table_of(runs, task, which)
-            means = {key: statistics.mean(map(area, each.values())) for key, each in table.items()}
-            if which == TUNING_SEEDS:
-                best = dict(sorted(means, key=means.get))  # of a kind's rates the last one stays
-                for kind, rate in means:
-                    if kind in ("spatial", *NAMES) or rate == best[kind]:
-                        train(kind, f"{rate}", seeds, runs, more)
-            for place, kind in enumerate(sorted(best, key=lambda kind: -means[kind, best[kind]])):
-                ranks[kind, which].append(place + 1)
-                mean = f"mean over the run {means[kind, best[kind]]:.3f}"
-                print(f"{task}, seeds {which}: {kind} at {best[kind]:g}, {mean}")
-        compare(task, seeds, runs=runs)
-        draw_distance(table, distance_unit(runs, task), figures / task / "distance.png")
-        rows.append(draw_changes(task, {kind: table[kind, 8e-4] for kind in NAMES}))
-    for (kind, which), places in ranks.items():
-        print(f"{kind}, seeds {which}: mean rank {statistics.mean(places):.2f}")
-    rewards.write(figures / "changes.png", make_image_grid(rows, rows=len(rows), cols=1).save)
+# ------------------------------------------------------------------------------- Length of a step
+# Is the gain gone at large rates because a long step leaves its tangent? Directions are normalised
+# estimates of the gradient, all of one length. Length 1 changes the weights by 1e-4 on average (the
+# root mean square), as AdamW's first update does at a rate of 1e-4.
+LENGTHS = [1, 2, 4, 8]
+UNIT = 1e-4
+SINGLE_DIRECTIONS = 8
+STEP_PROMPTS = 96
+NOISES = 4  # images per held-out prompt
 
 
-# ----------------------------------------------------------------------------------- Comparing runs
-def read_runs(file):
-    """The finished runs in a file, see `make_run`; none if there is no file."""
-    with naming(f"--runs {file}"):
-        return [*map(json.loads, file.read_text().splitlines())] if file.exists() else []
+def steps(experiment, kinds, count, results):
+    """Measure what one update does to the reward, by its length and the kind of its direction.
+
+    It starts from a checkpoint of a run of each kind, after three tenths of its updates at 2e-4.
+    """
+    jobs = []
+    for checkpoint_kind in kinds:
+        about = {"experiment": experiment, "checkpoint": checkpoint_kind, "estimates": count}
+        if not is_finished(read_results(results, STEPS), about):
+            jobs.append((about, kinds))
+    for _, found in run_jobs(measure_steps, jobs, "lengths of a step"):
+        for result in found:
+            add_result(results, STEPS, result)
 
 
-def table_of(file, task, seeds):
-    """{(kind, rate): {seed: run}} of the finished runs of a task with some seeds."""
-    table, schedules = defaultdict(dict), set()
-    for run in read_runs(file):
-        if run["task"] == task and f"{run['seed']}" in seeds.split(","):
-            table[run["kind"], run["rate"]][run["seed"]] = run
-            schedules.add((run["options"], *run["images"]))
-    found = f"{[each[0] for each in schedules]}; {file} needs those of one set of options"
-    require(len(schedules) == 1, f"runs of {task} with seeds {seeds}: {found}")
-    return dict(sorted(table.items(), key=lambda each: (each[0][0] != "uniform", each[0])))
+def measure_steps(about, direction_kinds):
+    """The results for all directions from one checkpoint."""
+    experiment = EXPERIMENTS[about["experiment"]]
+    kind = about["checkpoint"]
+    folder = WORK / f"steps-{about['experiment']}-{kind}"
+    run = {"experiment": about["experiment"], "kind": kind, "rate": 2e-4, "seed": 100}
+    train_kind(run, 3 * experiment["updates"] // 10, folder)
+
+    options = task_options(experiment["task"], experiment["images"])
+    options += ["--allocation=spatial", f"--evaluation-prompts={STEP_PROMPTS}", "--seed=2000"]
+    trainer = load_trainer(options)
+    trainer.load(star.checkpoints(folder)[-1])
+    before = heldout_rewards(trainer)
+    results = []
+    for direction_kind in direction_kinds:
+        rises = []  # of each direction and length
+        for direction in directions(trainer, direction_kind, about["estimates"]):
+            of_direction = []
+            for length in LENGTHS:
+                after = rewards_after(trainer, length * UNIT * direction)
+                of_direction.append(after - before)
+            rises.append(torch.stack(of_direction))
+        averaged = rises[0]  # [lengths, prompts]
+        single = torch.stack(rises[1:]).mean(dim=2).T  # [lengths, directions]
+        result = about | {
+            "direction": direction_kind,
+            "before": before.mean().item(),
+            "averaged": means_and_errors(averaged),
+            "single": means_and_errors(single),
+        }
+        results.append(result)
+    return results
 
 
-def distance_unit(file, task):
-    """D: the median final KL of Flow-GRPO's runs at 4e-4 with the seeds 100 to 103."""
-    runs = table_of(file, task, TUNING_SEEDS).get(("uniform", 4e-4))
-    require(runs, f"{file} has no run of uniform at 4e-4 with {task} and seeds {TUNING_SEEDS}")
-    return statistics.median(run["kl all"][-1] for run in runs.values())
+def directions(trainer, kind, count):
+    """Directions of mean square 1: of the average of `count` estimates, and of some alone."""
+    needed = ["uniform"]
+    if kind != "uniform":
+        needed.append(MIXED_KINDS.get(kind, kind))
+    vectors = []
+    for index in range(1, count + 1):
+        gradients = estimate(trainer, index, needed)["gradients"]
+        vectors.append(of_kind(kind, gradients).sum(dim=0))
+    vectors = torch.stack(vectors)
+    scale = vectors.square().mean(dim=0).sqrt() + EPSILON
+    updates = vectors / scale
+    average = updates.mean(dim=0, keepdim=True)
+    chosen = torch.cat([average, updates[:SINGLE_DIRECTIONS]])
+    return chosen / chosen.square().mean(dim=1, keepdim=True).sqrt()
 
 
-def first(runs, along, goal, number):
-    """`number` of each run where `along` first reaches a goal, linear in between; else None."""
-    found = []
-    for run in runs:
-        points = [*zip(run[along], run[number])]
-        found.append(points[0][1] if points[0][0] >= goal else None)
-        for (x, y), (next_x, next_y) in itertools.pairwise(points):
-            if found[-1] is None and next_x >= goal:  # and x < goal
-                found[-1] = y + (next_y - y) * (goal - x) / (next_x - x)
-    return found
-
-
-def area(run, score="reward"):
-    """The mean of a held-out score over the images of a run, linear between evaluations."""
-    points = [*zip(run["images"], run[score])]
-    pieces = ((d - b) * (a + c) / 2 for (b, a), (d, c) in itertools.pairwise(points))
-    return sum(pieces) / (points[-1][0] - points[0][0])
-
-
-def interval(values, draws=10_000):
-    """A 95 % interval of the median by bootstrap over seeds."""
-    rng, n = random.Random(0), len(values)
-    medians = sorted(statistics.median(rng.choices(values, k=n)) for _ in range(draws))
-    return medians[draws // 40], medians[-draws // 40 - 1]
-
-
-def cell(ours, theirs=None, ratio=False):
-    """The median of paired differences or ratios, its interval, and how many are more than 0 or
-    less than 1, without pairs of which one did not get there. Alone: the median and how many."""
-    pairs = [pair for pair in zip(ours, theirs or ours) if None not in pair]
-    if not (pairs and theirs):
-        alone = [number for number, _ in pairs]
-        return f"{statistics.median(alone):.3g}, {len(alone)} runs" if alone else "none gets there"
-    changes = [(a + 1e-12) / (b + 1e-12) if ratio else a - b for a, b in pairs]
-    better = sum(change < 1 if ratio else change > 0 for change in changes)
-    numbers = statistics.median(changes), *interval(changes)
-    median, low, high = (f"{number:.2f}" if ratio else f"{number:+.3f}" for number in numbers)
-    return f"{median} [{low}, {high}] {better}/{len(pairs)}"
-
-
-def compare(task="ocr", seeds=FRESH_SEEDS, base=0.0, score="reward", runs=RUNS):
-    """Compare kinds of allocation with Flow-GRPO (uniform), seed by seed, in two Markdown tables.
-
-    The first is of rewards, also at KL D/4, D/2 and D, the median final KL of Flow-GRPO at 4e-4.
-    The second is of distances at Flow-GRPO's median rewards there. Flow-GRPO's rows hold medians,
-    others the median of paired differences or ratios to Flow-GRPO at the same rate or at --base,
-    its 95 % interval, and on how many seeds it is better, of those where both get there. --score
-    takes another number: 'strict GenEval'."""
-    table, D, lines = table_of(runs, task, seeds), distance_unit(runs, task), ([], [])
-    for (kind, rate), of_kind in table.items():
-        flow_grpo = table.get(("uniform", base or rate), {})
-        seeds = sorted(of_kind.keys() & flow_grpo.keys())
-        lost = f"{runs} has no {score} of {kind}, or no run of uniform at {base or rate}"
-        require(seeds and score in of_kind[seeds[0]], lost)
-        sides = [[runs[seed] for seed in seeds] for runs in (of_kind, flow_grpo)]
-        sides = sides[:1] if of_kind is flow_grpo else sides
-        ends, row, goals = [run[score][-1] for run in sides[0]], {}, {}
-        row["end"] = f"{statistics.median(ends):.3f} ({min(ends):.3f} to {max(ends):.3f})"
-        row["mean over the run"] = cell(*([area(run, score) for run in side] for side in sides))
-        for at, distance in {"D/4": D / 4, "D/2": D / 2, "D": D}.items():
-            found = [first(side, "kl all", distance, score) for side in sides]
-            row[f"at {at}"] = cell(*found)
-            reached = [reward for reward in found[-1] if reward is not None]
-            goals[f"kl all, {at}"] = statistics.median(reached or [math.inf])
-        name = f"{NAMES.get(kind, kind)}, {rate:g}"
-        lines[0].append({f"{task}, {score}; D = {D:.2g}": name} | row)
-        parts = ("kl inside", "kl outside", "change all", "change inside", "change outside")
-        goals |= {f"{part}, D/2": goals["kl all, D/2"] for part in parts if part in sides[0][0]}
-        for what, goal in goals.items():
-            found = (first(side, score, goal, what.split(",")[0]) for side in sides)
-            goals[what] = cell(*found, ratio=True)
-        lines[1].append({f"{task}, distance for {score}": name} | goals)
-    for rows in lines:
-        print(f"\n| {' | '.join(rows[0])} |\n{'| --- ' * len(rows[0])}|")
-        print(*(f"| {' | '.join(row.values())} |" for row in rows), sep="\n")
-
-
-def draw_distance(table, D, path):
-    """Draw held-out reward against KL of the kinds in NAMES, as far as all runs of a line go."""
-    lines, step = defaultdict(dict), float(f"{D / 12:.0e}")
-    for ((kind, rate), runs), n in itertools.product(table.items(), range(24)):
-        values = first(runs.values(), "kl all", n * step, "reward")
-        if kind in NAMES and None not in values:
-            lines[f"{NAMES[kind]}, {rate:g}"][round(n * step * 1e4, 3)] = values
-    draw_lines(path, lines, "KL from the starting policy, 1e-4", "held-out reward")
-
-
-def draw_changes(task, table):
-    """Draw the mean absolute change of each position, at the end, for {kind: {seed: run}}."""
-    maps = [torch.tensor([run["map"] for run in runs.values()]).mean(0) for runs in table.values()]
-    top, tiles = torch.stack(maps).max(), []
-    for kind, each in zip(table, maps):
-        image = overlay(Image.new("RGB", (8, 8), "white"), each / top, "#e61e1e")
-        tiles.append((image, f"{NAMES.get(kind, kind)}: {each.min():.3f} to {each.max():.3f}"))
-    return draw_row(task, tiles, side=208)
-
-
-# ------------------------------------------------------------------------------ Quality of the maps
-def area_under_roc(scores, truth):
-    """Probability that a position inside the region scores higher than one outside; ties half."""
-    inside, outside = scores[truth][:, None], scores[~truth]
-    return ((inside > outside) + 0.5 * (inside == outside)).mean().item()
+def heldout_rewards(trainer):
+    """The mean reward of each held-out prompt, over images from several noises."""
+    prompts = trainer.task.heldout_prompts
+    total = 0.0
+    seed = trainer.args.seed  # of the estimates
+    for noise_seed in range(NOISES):
+        trainer.args.seed = noise_seed
+        images = trainer.generate(prompts)
+        total = total + trainer.task.scores(images, prompts, star.DEVICE)
+    trainer.args.seed = seed
+    return total / NOISES
 
 
 @torch.no_grad()
-def sign_quality(trainer, images):
-    """{blocks: {step: [area]}} of a sign's text, in pictures noised to the level of each step."""
-    rng, texts, vae = random.Random(7), build.all_targets(held_out=True), trainer.pipe.vae
-    shots = [build.picture(rng, texts, sign_share=1.0) for _ in range(images)]
-    truth = torch.zeros(len(shots), 8, 8, dtype=torch.bool)
-    for region, shot in zip(truth, shots):
-        x, y = (side // build.GRID for side in shot["place"])
-        region[y : y + 2, x : x + 3] = True
-    clean = vae.encode(build.to_tensor([shot["image"] for shot in shots])).latent_dist.mean
-    clean = (clean - vae.config.shift_factor) * vae.config.scaling_factor
-    noise = torch.randn(clean.shape, generator=torch.manual_seed(0))
-    *prompt, core = trainer.encode_prompts([shot["caption"] for shot in shots])
-    policy, lines = trainer.policy(trainer.args.steps), defaultdict(dict)
-    every = list(range(len(trainer.transformer.transformer_blocks)))
-    names = [f"block {block}" for block in every] + ["all blocks"]
-    for k, sigma in enumerate(policy.sigmas[:-1]):
-        with star.AttentionAllocator(trainer.transformer, core, every) as allocator:
-            policy.velocity((1 - sigma) * clean + sigma * noise, k, prompt)
-        for name, maps in zip(names, [*allocator.recorded, allocator.map()]):
-            areas = map(area_under_roc, maps.unflatten(-1, (8, 8)), truth)
-            lines[name][k] = [statistics.mean(areas)]
+def rewards_after(trainer, step):
+    """The same, after a step against the gradient of the loss. The weights stay as they are."""
+    parameters = list(trainer.transformer.parameters())
+    weights = parameters_to_vector(parameters)
+    vector_to_parameters(weights - step, parameters)
+    values = heldout_rewards(trainer)
+    vector_to_parameters(weights, parameters)
+    return values
+
+
+def means_and_errors(values):
+    """[[mean, standard error]] of each row."""
+    means = values.mean(dim=1)
+    errors = values.std(dim=1) / math.sqrt(values.shape[1])
+    return torch.stack([means, errors], dim=1).tolist()
+
+
+# ---------------------------------------------------------------------------------------- Comparing
+def reached(run, along, goal, number):
+    """`number` where `along` first reaches a goal, linear between evaluations; None if never."""
+    values = run[along]
+    numbers = run[number]
+    if values[0] >= goal:
+        return numbers[0]
+    for i in range(1, len(values)):
+        if values[i] >= goal:
+            share = (goal - values[i - 1]) / (values[i] - values[i - 1])
+            return numbers[i - 1] + share * (numbers[i] - numbers[i - 1])
+    return None
+
+
+def mean_over_run(run):
+    """The mean held-out reward over the images of a run, linear between evaluations."""
+    images = run["images"]
+    rewards = run["reward"]
+    total = 0.0
+    for i in range(1, len(images)):
+        total += (images[i] - images[i - 1]) * (rewards[i] + rewards[i - 1]) / 2
+    return total / (images[-1] - images[0])
+
+
+def difference(ours, theirs):
+    return ours - theirs
+
+
+def ratio(ours, theirs):
+    return ours / theirs
+
+
+def inverse_ratio(ours, theirs):
+    return theirs / ours
+
+
+def interval(ours, theirs, statistic, draws=10_000):
+    """A 95 % interval of a statistic of two means, by bootstrap over pairs of runs."""
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randint(len(ours), (draws, len(ours)), generator=generator)
+    values = statistic(ours[chosen].mean(dim=1), theirs[chosen].mean(dim=1))
+    values = values.sort().values
+    return values[draws // 40].item(), values[-draws // 40 - 1].item()
+
+
+def cell(ours, theirs, statistic):
+    """A statistic of the means of paired runs, its interval, and on how many pairs it is above 0
+    (a difference) or 1 (a ratio). Pairs of which one did not get there (None) are left out."""
+    pairs = []
+    for pair in zip(ours, theirs):
+        if None not in pair:
+            pairs.append(pair)
+    if not pairs:
+        return "none gets there"
+    ours, theirs = torch.tensor(pairs, dtype=torch.float64).unbind(dim=1)
+    middle = statistic(ours.mean(), theirs.mean()).item()
+    low, high = interval(ours, theirs, statistic)
+    values = statistic(ours, theirs)  # of each pair
+    if statistic is difference:
+        above = (values > 0).sum().item()
+        return f"{middle:+.3f} [{low:+.3f}, {high:+.3f}] {above}/{len(pairs)}"
+    above = (values > 1).sum().item()
+    return f"{middle:.2f} [{low:.2f}, {high:.2f}] {above}/{len(pairs)}"
+
+
+def mean_cell(values):
+    """The mean, and of how many runs if some did not get there."""
+    found = [value for value in values if value is not None]
+    if not found:
+        return "none gets there"
+    text = f"{statistics.mean(found):.3g}"
+    if len(found) < len(values):
+        text += f" ({len(found)} of {len(values)})"
+    return text
+
+
+def print_table(header, rows):
+    print()
+    for cells in [header, ["---"] * len(header)] + rows:
+        print("| " + " | ".join(cells) + " |")
+
+
+def name_of(kind):
+    return NAMES.get(kind, kind)
+
+
+def compare(experiments, seeds, results):
+    """Print the tables of the gains, of the runs with some seeds, and of the lengths of a step.
+
+    Flow-GRPO's rows hold means over seeds. The others hold what is paired with Flow-GRPO at the
+    same rate: the difference, or the ratio, of two means, its 95 % interval, and on how many seeds
+    it is above 0, or 1. Updates: Flow-GRPO's divided by the kind's, to compare with the gain.
+    """
+    print_gains(read_results(results, GAINS))
+    for experiment in experiments:
+        table = runs_of(read_results(results, RUNS), experiment, seeds)
+        if table:
+            print_runs(experiment, table)
+    print_steps(read_results(results, STEPS))
+
+
+def print_gains(results):
+    """Two tables of first-order gains with their standard errors: in all, and per step."""
+    kinds = list(KINDS)
+    rows = []
+    rows_of_steps = []
+    for result in results:
+        row = [result["subject"], str(result["estimates"]), f"{result['share']:.2f}"]
+        for kind in kinds:
+            row.append(gain_cell(result, kind, "all"))
+        rows.append(row)
+        for kind in kinds:
+            if kind in result["gains"] and kind != "uniform":
+                row = [f"{result['subject']}, {name_of(kind)}"]
+                for step in range(4):
+                    row.append(gain_cell(result, kind, str(step)))
+                rows_of_steps.append(row)
+    if rows:
+        names = [name_of(kind) for kind in kinds]
+        print_table(["first-order gain", "estimates", "share of the picture"] + names, rows)
+        steps = [f"step {step}" for step in range(4)]
+        print_table(["first-order gain of one step"] + steps, rows_of_steps)
+
+
+def gain_cell(result, kind, step):
+    if step not in result["gains"].get(kind, {}):
+        return ""
+    gain, error = result["gains"][kind][step]
+    return f"{gain:.2f} ({error:.2f})"
+
+
+def runs_of(runs, experiment, seeds):
+    """{(rate, kind): {seed: run}} of an experiment, sorted."""
+    table = {}
+    for rate in RATES:
+        for kind in KINDS:
+            found = {}
+            for run in runs:
+                about = (run["experiment"], run["kind"], run["rate"])
+                if about == (experiment, kind, rate) and run["seed"] in seeds:
+                    found[run["seed"]] = run
+            if found:
+                table[rate, kind] = found
+    return table
+
+
+def print_runs(experiment, table):
+    """Two tables of runs: of rewards, and of distances."""
+    goals = EXPERIMENTS[experiment]["goals"]
+    half_kl = {}  # of Flow-GRPO at the end, per rate
+    for (rate, kind), runs in table.items():
+        if kind == "uniform":
+            half_kl[rate] = statistics.mean(run["kl all"][-1] for run in runs.values()) / 2
+
+    def updates_to(goal, run):
+        images = reached(run, "reward", goal, "images")
+        if images is None:
+            return None
+        return images / EXPERIMENTS[experiment]["images"]
+
+    def reward_at_kl(run):
+        return reached(run, "kl all", half_kl[run["rate"]], "reward")
+
+    def distance_at_goal(name, run):
+        return reached(run, "reward", goals[1], name)
+
+    columns = {"mean over the run": (mean_over_run, difference)}
+    for goal in goals:
+        columns[f"updates to {goal}"] = (partial(updates_to, goal), inverse_ratio)
+    columns["reward at half of Flow-GRPO's last KL"] = (reward_at_kl, difference)
+    print_comparison(experiment, table, columns)
+
+    columns = {}
+    for name in ["kl all", "kl inside", "kl outside"]:
+        columns[name] = (partial(distance_at_goal, name), ratio)
+    for name in ["change all", "change inside", "change outside"]:
+        columns[name] = (partial(distance_at_goal, name), ratio)
+    if EXPERIMENTS[experiment]["task"] not in LOCATED_TASKS:
+        columns = {name: columns[name] for name in ["kl all", "change all"]}
+    print_comparison(f"{experiment}, for reward {goals[1]}", table, columns)
+
+
+def print_comparison(title, table, columns):
+    """columns: {name: (number of a run, how to compare its means)}."""
+    rows = []
+    for (rate, kind), runs in table.items():
+        flow_grpo = table.get((rate, "uniform"), {})
+        seeds = sorted(runs.keys() & flow_grpo.keys())
+        if not seeds:
+            continue
+        row = [f"{name_of(kind)}, {rate:g}", str(len(seeds))]
+        for number, statistic in columns.values():
+            ours = [number(runs[seed]) for seed in seeds]
+            theirs = [number(flow_grpo[seed]) for seed in seeds]
+            if kind == "uniform":
+                row.append(mean_cell(theirs))
+            else:
+                row.append(cell(ours, theirs, statistic))
+        rows.append(row)
+    print_table([title, "seeds"] + list(columns), rows)
+
+
+def print_steps(results):
+    """A table of how the reward rises with the length of a step."""
+    rows = []
+    for result in results:
+        for which in ["averaged", "single"]:
+            from_checkpoint = f"from {name_of(result['checkpoint'])}, {result['before']:.3f}"
+            row = [from_checkpoint, name_of(result["direction"]), which]
+            for rise, error in result[which]:
+                row.append(f"{rise:+.4f} ({error:.4f})")
+            rows.append(row)
+    if rows:
+        lengths = [f"length {length}" for length in LENGTHS]
+        print_table(["checkpoint, its reward", "direction", "estimate"] + lengths, rows)
+
+
+# ------------------------------------------------------------------------------------------ Figures
+BLUE, RED, GREEN = "#1f77b4", "#d62728", "#2ca02c"
+COLOURS = [BLUE, RED, GREEN, "#9467bd", "#ff7f0e", "#17becf"]
+
+
+class Chart:
+    """A panel with two axes, drawn at twice its size, which smooths its lines."""
+
+    def __init__(self, x_range, y_range, across, up, legend_width=0):
+        self.x_range = x_range
+        self.y_range = y_range
+        self.left, self.right = 150, 1320
+        self.top, self.bottom = 70, 860
+        self.picture = Image.new("RGB", (1380 + legend_width, 980), "white")
+        self.draw = ImageDraw.Draw(self.picture, "RGBA")
+        self.font = ImageFont.load_default(36)
+        for y in ticks(*y_range):
+            self.line([(x_range[0], y), (x_range[1], y)], "#dddddd", width=2)
+            _, down = self.place(0, y)
+            self.draw.text((self.left - 20, down), f"{y:g}", "black", self.font, anchor="rm")
+        for x in ticks(*x_range):
+            right, _ = self.place(x, 0)
+            self.draw.text((right, self.bottom + 16), f"{x:g}", "black", self.font, anchor="mt")
+        middle = (self.left + self.right) / 2
+        self.draw.text((self.left, 8), up, "black", self.font)
+        self.draw.text((middle, 926), across, "black", self.font, anchor="mt")
+
+    def place(self, x, y):
+        """The pixel of a point."""
+        left, right = self.x_range
+        low, high = self.y_range
+        across = (x - left) / (right - left)
+        up = (y - low) / (high - low)
+        return (
+            self.left + across * (self.right - self.left),
+            self.bottom - up * (self.bottom - self.top),
+        )
+
+    def line(self, points, colour, width=6):
+        pixels = [self.place(x, y) for x, y in points]
+        self.draw.line(pixels, colour, width, joint="curve")
+
+    def band(self, lower, upper, colour):
+        """The space between two lines."""
+        pixels = [self.place(x, y) for x, y in lower + upper[::-1]]
+        self.draw.polygon(pixels, colour + "28")
+
+    def point(self, x, y, error, colour):
+        """A point with an error bar."""
+        self.line([(x, y - error), (x, y + error)], colour, width=5)
+        right, down = self.place(x, y)
+        self.draw.ellipse((right - 12, down - 12, right + 12, down + 12), colour)
+
+    def write(self, x, y, text, colour="black", anchor="lm"):
+        right, down = self.place(x, y)
+        self.draw.text((right, down), text, colour, self.font, anchor=anchor)
+
+    def legend(self, colours, right, down):
+        """Names in their colours, from this pixel on."""
+        for name, colour in colours.items():
+            self.draw.text((right, down), name, colour, self.font)
+            down += 48
+
+    def image(self):
+        return self.picture.reduce(2)
+
+
+def ticks(low, high):
+    """Round numbers between two numbers, at most eight."""
+    size = 10 ** math.floor(math.log10((high - low) / 8))
+    for step in [size, 2 * size, 5 * size, 10 * size]:
+        if (high - low) / step <= 7:
+            break
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [n * step for n in range(first, last + 1)]
+
+
+def figure(kind, seeds, results, save):
+    """Draw README's figure: gain against share of the picture, and reward of writing."""
+    gains = read_results(results, GAINS)
+    table = runs_of(read_results(results, RUNS), "writing-8", seeds)
+    panels = []
+    if gains:
+        panels.append(draw_gains(gains, kind))
+    if (2e-4, kind) in table and (2e-4, "uniform") in table:
+        panels.append(draw_rewards(table[2e-4, "uniform"], table[2e-4, kind]))
+    if not panels:
+        sys.exit(f"{results} has neither gains nor runs of writing-8 at 2e-4 with these seeds")
+    make_image_grid(panels, rows=1, cols=len(panels)).save(save)
+
+
+def draw_gains(results, kind):
+    """First-order gain against the share of the picture, with own maps and with the oracle."""
+    results = [
+        result for result in results if result["subject"] != "objects"
+    ]  # its groups are there
+    lowest, highest = gain_range(results, [kind, "oracle"])
+    chart = Chart(
+        x_range=(0, 1.1),
+        y_range=(lowest - 0.2, highest + 0.2),
+        across="share of the picture that the reward is about",
+        up="first-order gain, and its standard error",
+    )
+    chart.line([(0, 1), (1.1, 1)], BLUE, width=4)
+    names = {"Flow-GRPO": BLUE, "STAR": RED, "true region instead of maps": GREEN}
+    chart.legend(names, right=800, down=90)
+    for result in results:
+        share = result["share"]
+        if result["subject"] == "brightness":
+            share += 0.03  # beside preference, which has the same
+        for which, colour in [("oracle", GREEN), (kind, RED)]:
+            if which in result["gains"]:
+                gain, error = result["gains"][which]["all"]
+                chart.point(share, gain, error, colour)
+        low, high = gain_range([result], [kind, "oracle"])
+        if result["subject"] == "brightness":
+            chart.write(share, low - 0.03, result["subject"], anchor="mt")
+        elif share == 1:
+            chart.write(share - 0.03, (low + high) / 2, result["subject"], anchor="rm")
+        else:
+            chart.write(share, high + 0.03, result["subject"], anchor="lb")
+    return chart.image()
+
+
+def gain_range(results, kinds):
+    """The ends of the error bars."""
+    ends = []
+    for result in results:
+        for kind in kinds:
+            if kind in result["gains"]:
+                gain, error = result["gains"][kind]["all"]
+                ends += [gain - error, gain + error]
+    return min(ends), max(ends)
+
+
+def draw_rewards(flow_grpo, star_runs):
+    """Held-out reward of writing against images: means over seeds, bands from min to max."""
+    lines = {BLUE: reward_lines(flow_grpo), RED: reward_lines(star_runs)}
+    lowest = min(min(values) for values in lines[BLUE].values())
+    chart = Chart(
+        x_range=(0, max(lines[BLUE])),
+        y_range=(lowest - 0.1, 1),
+        across="images",
+        up="held-out reward of writing, learning rate 2e-4",
+    )
+    for colour, rewards in lines.items():
+        lower = [(images, min(values)) for images, values in rewards.items()]
+        upper = [(images, max(values)) for images, values in rewards.items()]
+        means = [(images, statistics.mean(values)) for images, values in rewards.items()]
+        chart.band(lower, upper, colour)
+        chart.line(means, colour)
+    chart.legend({"Flow-GRPO": BLUE, "STAR": RED}, right=1000, down=700)
+    return chart.image()
+
+
+def reward_lines(runs):
+    """{images: the rewards of all runs}."""
+    lines = defaultdict(list)
+    for run in runs.values():
+        for images, reward in zip(run["images"], run["reward"]):
+            lines[images].append(reward)
     return lines
+
+
+def draw_row(title, tiles, side=150):
+    """[(image, caption)] beside each other below a title."""
+    row = Image.new("RGB", (len(tiles) * (side + 6), side + 54), "white")
+    draw = ImageDraw.Draw(row)
+    font = ImageFont.load_default(14)
+    draw.text((3, 2), title, "black", font)
+    left = 3
+    for image, caption in tiles:
+        smooth = Image.NEAREST
+        if image.width > side:
+            smooth = Image.LANCZOS
+        row.paste(image.resize((side, side), smooth), (left, 24))
+        draw.text((left, side + 27), caption, "black", font)
+        left += side + 6
+    return row
+
+
+def overlay(image, strength, colour):
+    """The image in grey below a colour that is as strong as `strength` [h, w] in [0, 1]."""
+    mask = Image.fromarray((200 * strength).byte().cpu().numpy())
+    mask = mask.resize(image.size, Image.NEAREST)
+    grey = image.convert("L").convert("RGB")
+    paint = Image.new("RGB", image.size, colour)
+    return Image.composite(paint, grey, mask)
+
+
+def problem(save, options):
+    """Draw the best and the worst of 16 rollouts, and where their advantages are applied."""
+    trainer = load_trainer(
+        ["--no-bfloat16", "--monitor="]
+        + ["--group-size=16", "--batch-size=16", "--prompts-per-iteration=1"]
+        + options
+    )
+    args = trainer.args
+    prompts = trainer.task.heldout_prompts
+    prompt = prompts[args.seed % len(prompts)]
+    torch.manual_seed(args.seed)
+    noise = torch.randn(1, *trainer.shape).repeat_interleave(16, dim=0)
+    steps = range(1, 4)
+    policy = trainer.training_policy
+    (batch,) = trainer.rollouts(policy, noise, [prompt], steps, recorded_steps=steps)
+    images = trainer.images_of([batch])
+    values = trainer.task.scores(images, [prompt] * 16, star.DEVICE)
+    advantages = star.group_advantages(values[None]).flatten()
+    allocated = star.allocation_weights(
+        torch.stack(batch.maps, dim=1), trainer.shape[1:], args.allocation, args.lam
+    )
+    weights = allocated[:, -1]  # of the last of these steps
+    rows = []
+    title = prompt
+    for i, colour in [(values.argmax(), "#285ae6"), (values.argmin(), "#e61e1e")]:
+        A = advantages[i]
+        w = weights[i]
+        relative = w / w.max()
+        everywhere = torch.full_like(w, 0.4)
+        low = f"{w.min() * A:+.1f}"
+        high = f"{w.max() * A:+.1f}"
+        tiles = [
+            (images[i], f"reward {values[i]:.2f}, A = {A:+.1f}"),
+            (overlay(images[i], everywhere, colour), f"Flow-GRPO: {A:+.1f} everywhere"),
+            (overlay(images[i], relative, "#f09010"), f"w: mean 1, {w.min():.1f} to {w.max():.1f}"),
+            (overlay(images[i], relative, colour), f"STAR: w A, {low} to {high}"),
+        ]
+        rows.append(draw_row(title, tiles, side=208))
+        title = ""
+    make_image_grid(rows, rows=len(rows), cols=1).save(save)
+
+
+# --------------------------------------------------------------------------- Maps and their quality
+class Words(Task):
+    """No reward, only the words that maps are about: given ones, quoted ones, or content words."""
+
+    def __init__(self, words):
+        self.words = words
+
+    def core_spans(self, prompt):
+        if self.words is None:
+            return quoted_span(prompt) or content_word_spans(prompt)
+        pattern = rf"(?<!\w){re.escape(self.words)}(?!\w)"
+        return [match.span() for match in re.finditer(pattern, prompt, re.IGNORECASE)]
+
+
+def maps(prompts, words, save, options):
+    """Show where a model looks for --words of your prompts, in one image.
+
+    Five denoising steps have a column each: the image that the model predicts there, in grey, and
+    the attention to the words, in red. Without --words: the quoted text or all content words.
+    """
+    args = star.parse_arguments(["--kl-weight=0", "--ema-decay=0"] + options)
+    trainer = star.Trainer(args, Words(words))
+    sigmas = trainer.training_policy.sigmas
+    rows = []
+    for prompt, (x, of_steps) in zip(prompts, watch_maps(trainer, prompts)):
+        if not of_steps.any():
+            sys.exit(f"the words are not in the prompt or beyond the token limit: {prompt}")
+        tiles = []
+        steps = range(len(of_steps))
+        for k in steps[:: max(1, len(steps) // 5)][:5]:
+            velocity = (x[k + 1] - x[k]) / (sigmas[k + 1] - sigmas[k])
+            predicted = x[k] - sigmas[k] * velocity
+            (image,) = star.decode(trainer.pipe, predicted[None])
+            strength = of_steps[k] / of_steps[k].max()
+            shown = overlay(image, strength, "#e61e1e")
+            tiles.append((shown, f"step {k}, sigma {sigmas[k]:.2f}"))
+        (finished,) = star.decode(trainer.pipe, x[-1:])
+        tiles.append((finished, "finished"))
+        rows.append(draw_row(prompt, tiles))
+    make_image_grid(rows, rows=len(rows), cols=1).save(save)
+    print(f"{save} shows the attention to {words or 'the quoted text or the content words'}")
+
+
+def map_quality(images, save, options):
+    """Measure how well the maps find what the words mean, at each denoising step.
+
+    The words are a sign's text or, with --task geneval, words of --images prompts by their kind.
+    """
+    trainer = load_trainer(["--no-bfloat16", "--monitor="] + options)
+    if isinstance(trainer.task, GenEval):
+        areas = object_quality(trainer, images)
+    else:
+        areas = sign_quality(trainer, images)
+    for name, of_steps in areas.items():
+        numbers = [f"{area:7.3f}" for area in of_steps]
+        print(f"{name:<16}" + "".join(numbers))
+    chart = Chart(
+        x_range=(0, trainer.args.steps - 1),
+        y_range=(0.3, 1),
+        across="denoising step",
+        up="area under the ROC curve, 0.5 is chance",
+        legend_width=360,
+    )
+    colours = dict(zip(areas, COLOURS))
+    for name, of_steps in areas.items():
+        chart.line(list(enumerate(of_steps)), colours[name])
+    chart.legend(colours, right=1350, down=60)
+    chart.image().save(save)
+
+
+def area_under_roc(scores, truth):
+    """Probability that a position inside the region scores higher than one outside; ties half."""
+    inside = scores[truth][:, None]
+    outside = scores[~truth]
+    wins = (inside > outside) + 0.5 * (inside == outside)
+    return wins.mean().item()
+
+
+@torch.no_grad()
+def sign_quality(trainer, count):
+    """{block: area of each step} of a sign's text, in pictures noised to the level of the step."""
+    rng = random.Random(7)
+    texts = build.all_targets(held_out=True)
+    shots = [build.picture(rng, texts, sign_share=1.0) for _ in range(count)]
+    captions = [shot["caption"] for shot in shots]
+    clean = latents_of(trainer.pipe.vae, [shot["image"] for shot in shots])
+    noise = torch.randn(clean.shape, generator=torch.manual_seed(0))
+    prompt = star.encode(trainer.pipe, captions, trainer.args.max_sequence_length)
+    core = trainer.core_tokens(captions)
+    policy = trainer.training_policy
+    blocks = range(len(trainer.transformer.transformer_blocks))
+    areas = defaultdict(list)
+    for k in range(trainer.args.steps):
+        sigma = policy.sigmas[k]
+        recorder = star.AttentionAllocator(trainer.transformer, core, blocks)
+        policy.velocity((1 - sigma) * clean + sigma * noise, k, prompt, recorder)
+        for block in blocks:
+            areas[f"block {block}"].append(mean_area(recorder.recorded[block], shots))
+        areas["all blocks"].append(mean_area(recorder.map(), shots))
+    return areas
+
+
+def latents_of(vae, images):
+    encoded = vae.encode(build.to_tensor(images)).latent_dist.mean
+    return (encoded - vae.config.shift_factor) * vae.config.scaling_factor
+
+
+def mean_area(maps, shots):
+    """The mean area under the ROC curve of maps [B, 64] of pictures whose sign's place is known."""
+    areas = []
+    for each, shot in zip(maps.unflatten(-1, (8, 8)), shots):
+        areas.append(area_under_roc(each, place_of_sign(shot)))
+    return statistics.mean(areas)
+
+
+def place_of_sign(shot):
+    """The tokens [8, 8] of the writing in a picture of the miniature's world."""
+    x, y = shot["place"]
+    column, row = x // build.GRID, y // build.GRID
+    truth = torch.zeros(8, 8, dtype=torch.bool)
+    truth[row : row + 2, column : column + 3] = True
+    return truth
 
 
 def words_by_kind(prompt, clauses):
     """{kind of word: (spans, classes that they are about)} of a GenEval prompt's first object."""
-    first, last, found = clauses[0], clauses[-1], {}
-    name, count = first["class"], first["count"]
-    words = dict(object=name if count == 1 else rewards.plural(name), colour=first.get("color"))
-    words |= dict(number=rewards.NUMBERS.get(count), relation=last.get("position", [None])[0])
+    first, last = clauses[0], clauses[-1]
+    name = first["class"]
+    words = {"object": name}
+    if first["count"] > 1:
+        words["object"] = plural(name)
+        words["number"] = NUMBERS[first["count"]]
+    if "color" in first:
+        words["colour"] = first["color"]
+    if "position" in last:
+        words["relation"] = last["position"][0]
+    found = {}
     for kind, word in words.items():
-        if word:
-            start = prompt.rindex(word)  # the wall before it may have the same colour
-            about = {name, last["class"]} if kind == "relation" else {name}
-            found[kind] = [(start, start + len(word))], about
+        start = prompt.rindex(word)  # the wall before it may have the same colour
+        about = {name}
+        if kind == "relation":
+            about = {name, last["class"]}
+        found[kind] = ([(start, start + len(word))], about)
     return found
 
 
-def object_quality(trainer, images):
-    """{kind of word: {step: [area]}}, where the detector sees it, in right images of the model."""
-    task, lines, words = trainer.task, defaultdict(dict), {}
+def object_quality(trainer, count):
+    """{kind of word: area of each step}, where the detector sees it, in right images of the model.
+
+    The first `count` prompts that have such a word are used.
+    """
+    task = trainer.task
+    words = {}
     for prompt in task.prompts:
         clauses = task.metadata[prompt]["include"]
-        everything = task.core_spans(prompt), {clause["class"] for clause in clauses}
-        words[prompt] = words_by_kind(prompt, clauses) | {"all core words": everything}
-    for kind in ("object", "colour", "number", "relation", "all core words"):
-        prompts = [prompt for prompt in task.prompts if kind in words[prompt]][:images]
-        task.core_spans = {prompt: words[prompt][kind][0] for prompt in prompts}.get
-        areas, samples = [], watch(trainer, prompts)
-        shown = star.decode(trainer.pipe, samples.latents[:, -1])
-        task.reward(shown, prompts)
-        verdicts, detected = task.verdicts, task.detect(shown)
-        for prompt, (right, _), found, image_maps in zip(prompts, verdicts, detected, samples.maps):
-            classes = words[prompt][kind][1]
-            truth = tokens_of([one.mask for name in classes for one in found.get(name, [])])
-            if right and truth.any():
-                areas.append([area_under_roc(each, truth) for each in image_maps])
-        print(f"{kind}: {len(areas)} of {len(prompts)} images are right")
-        for k, values in enumerate(zip(*areas)):
-            lines[kind][k] = [statistics.mean(values)]
-    return lines
+        words[prompt] = words_by_kind(prompt, clauses)
+        classes = {clause["class"] for clause in clauses}
+        words[prompt]["all core words"] = (task.core_spans(prompt), classes)
+    areas = {}
+    for kind in ["object", "colour", "number", "relation", "all core words"]:
+        chosen = {}
+        for prompt in task.prompts:
+            if kind in words[prompt] and len(chosen) < count:
+                chosen[prompt] = words[prompt][kind]
+        found = areas_of_words(trainer, chosen)
+        print(f"{kind}: {len(found)} of {len(chosen)} images are right")
+        if len(found) > 0:
+            areas[kind] = torch.tensor(found).mean(dim=0).tolist()
+    return areas
 
 
-def map_quality(images=96, save=Path("map-quality.png"), more=()):
-    """Measure how well the maps find what the words mean, at each denoising step.
-
-    The words are a sign's text or, with --task geneval, words of --images prompts by their kind."""
-    trainer = load_trainer(more)
-    quality = object_quality if isinstance(trainer.task, GenEval) else sign_quality
-    lines = quality(trainer, images)
-    for name, points in lines.items():
-        print(f"{name:<16}" + "".join(f"{area:7.3f}" for (area,) in points.values()))
-    require(lines, "no image is right; use more --images")
-    draw_lines(save, lines, "denoising step", "area under the ROC curve, 0.5 is chance")
-
-
-# ----------------------------------------------------------------------------- Signal in a gradient
-def sample_groups(trainer, prompts, steps):
-    """Samples of G images per prompt, embedded prompts, images, rewards [K * G], advantages."""
-    args, G = trainer.args, trainer.args.group_size
-    *embedded, core = (each.repeat_interleave(G, 0) for each in trainer.encode_prompts(prompts))
-    noise = torch.randn(len(prompts), *trainer.shape).repeat_interleave(G, 0)
-    policy = trainer.policy(args.steps)
-    samples = star.rollout(policy, noise, embedded, steps, None, steps, core)
-    images = star.decode(trainer.pipe, samples.latents[:, -1])
-    values = scores(trainer.task, images, [each for each in prompts for _ in range(G)])
-    advantages = star.group_advantages(values.view(-1, G), args.global_std, args.advantage_clip)
-    return samples, embedded, images, values, advantages.flatten()
+def areas_of_words(trainer, words):
+    """The area of each step, of each right image. words: {prompt: (spans, classes)}."""
+    task = trainer.task
+    prompts = list(words)
+    task.core_spans = lambda prompt: words[prompt][0]
+    samples = watch_maps(trainer, prompts)
+    images = []
+    for latents, _ in samples:
+        images += star.decode(trainer.pipe, latents[-1:])
+    task.reward(images, prompts)
+    verdicts = task.verdicts
+    areas = []
+    for i, found in enumerate(task.detect(images)):
+        right, _ = verdicts[i]
+        _, classes = words[prompts[i]]
+        masks = [one.mask for name in classes for one in found.get(name, [])]
+        truth = tokens_of(masks)
+        if right and truth.any():
+            _, of_steps = samples[i]
+            areas.append([area_under_roc(each, truth) for each in of_steps])
+    return areas
 
 
-def estimate(trainer, kinds, steps):
-    """Estimate the gradient from the images of one iteration: {(kind, step): vector}."""
-    args, task, estimates = trainer.args, trainer.task, {}
-    order = torch.randperm(len(task.prompts))[: args.prompts_per_iteration]
-    prompts = [task.prompts[i] for i in order]
-    samples, embedded, _, _, advantages = sample_groups(trainer, prompts, steps)
-    maps = [changed_maps(kind, task, trainer.pipe, samples) for kind in kinds]
-    weights = [star.allocation_weights(each, trainer.shape[1:], "spatial", 1.0) for each in maps]
-    policy, options = trainer.policy(args.steps), dict(retain_graph=True, materialize_grads=True)
-    for j, k in enumerate(steps):
-        mean, std = policy.distribution(samples.latents[:, k], k, embedded)
-        new = star.position_log_prob(samples.latents[:, k + 1], mean, std)
-        for kind, each in zip(kinds, weights):
-            data = samples.log_prob[:, j], advantages, each[:, j]
-            loss, _, _ = star.star_loss(new, *data, args.clip_range)
-            pieces = torch.autograd.grad(loss, trainer.weights, **options)
-            estimates[kind, k] = torch.cat([piece.flatten() for piece in pieces])
-    return estimates
+# ------------------------------------------------------------------------------------ The commands
+def everything(kind, count, results, save):
+    """Make what study/RESULTS.md reports and is not there yet: gains, runs, steps, figure."""
+    both = ["uniform", kind]
+    others = [each for each in KINDS if each not in both]
+    gain(list(SUBJECTS), count, results)
+    plan = [
+        ("writing-8", both, [2e-4], FRESH_SEEDS),
+        ("writing-8", both, [1e-4, 4e-4], FRESH_SEEDS),
+        ("objects-24", both, [2e-4], FRESH_SEEDS),
+        ("preference-24", both, [2e-4], FRESH_SEEDS),
+        ("writing-8", others, [2e-4], FRESH_SEEDS),
+    ]
+    train(plan, results)
+    steps("writing-8", both, 40, results)
+    compare(list(EXPERIMENTS), FRESH_SEEDS, results)
+    figure(kind, FRESH_SEEDS, results, save)
 
 
-def gradient_measures(products):
-    """(variance, agreement), see `gradients`, from the products [N, N] of N estimates."""
-    square, pairs = products.diagonal().mean().item(), len(products) * (len(products) - 1)
-    signal = ((products.sum() - products.trace()) / pairs).item()  # of different estimates
-    return square - signal, signal / square
+def make_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add_command(name, function):
+        return commands.add_parser(
+            name,
+            help=function.__doc__.split("\n")[0],
+            description=function.__doc__,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,  # the options of star.py are not ours
+        )
+
+    command = add_command("maps", maps)
+    command.add_argument("prompts", nargs="+")
+    command.add_argument("--words", help="words of the prompts")
+    command.add_argument("--save", type=Path, default="maps.png", help="picture to write")
+
+    command = add_command("map-quality", map_quality)
+    command.add_argument("--images", type=int, default=96, help="how many are made")
+    command.add_argument("--save", type=Path, default="map-quality.png", help="picture to write")
+
+    command = add_command("problem", problem)
+    command.add_argument("--save", type=Path, default="problem.png", help="picture to write")
+
+    command = add_command("gain", gain)
+    command.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
+    command.add_argument("--estimates", type=int, default=80, help="for each subject")
+    add_results_option(command)
+
+    command = add_command("train", train)
+    command.add_argument("--experiments", nargs="+", choices=EXPERIMENTS, default=["writing-8"])
+    command.add_argument("--kinds", nargs="+", choices=KINDS, default=["uniform", STAR])
+    command.add_argument("--rates", nargs="+", type=float, default=RATES)
+    add_seeds_option(command)
+    add_results_option(command)
+
+    command = add_command("steps", steps)
+    command.add_argument("--experiment", choices=EXPERIMENTS, default="writing-8")
+    command.add_argument("--kinds", nargs="+", choices=KINDS, default=["uniform", STAR])
+    command.add_argument("--estimates", type=int, default=40, help="for each checkpoint and kind")
+    add_results_option(command)
+
+    command = add_command("compare", compare)
+    command.add_argument("--experiments", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
+    add_seeds_option(command)
+    add_results_option(command)
+
+    command = add_command("figure", figure)
+    add_kind_option(command)
+    add_seeds_option(command)
+    add_results_option(command)
+    command.add_argument("--save", type=Path, default=FIGURE, help="picture to write")
+
+    command = add_command("all", everything)
+    add_kind_option(command)
+    command.add_argument("--estimates", type=int, default=80, help="for each first-order gain")
+    add_results_option(command)
+    command.add_argument("--save", type=Path, default=FIGURE, help="picture to write")
+    return parser
 
 
-def gradients(repeats=40, save=Path("gradients.png"), more=()):
-    """Measure how much signal is in an estimate of the gradient from the images of one iteration.
-
-    variance is E |estimate - signal|^2, where the signal is the expected estimate. agreement is the
-    mean cosine of two estimates, 1 / (1 + variance / |signal|^2), with the jackknife's errors."""
-    require(repeats > 2, f"--repeats is {repeats}; standard errors need 3 or more")
-    trainer, steps, estimates, lines = load_trainer(more), range(6), [], defaultdict(dict)
-    kinds = ["uniform", "spatial", "shuffled"]
-    kinds += ["oracle"] * isinstance(trainer.task, OCR | GenEval)
-    for repeat in tqdm(range(repeats), "estimates"):
-        torch.manual_seed(10_000 + repeat)
-        estimates.append(estimate(trainer, kinds, steps))
-    for kind, k in itertools.product(kinds, steps):
-        vectors = torch.stack([each[kind, k] for each in estimates])
-        products, others = vectors @ vectors.T, 1 - torch.eye(repeats)
-        variance, agreement = gradient_measures(products)
-        left_out = [gradient_measures(products[rest][:, rest])[1] for rest in others.bool()]
-        error = math.sqrt((repeats - 1) * statistics.pvariance(left_out))
-        lines[kind][k] = [agreement - error, agreement + error]
-        numbers = f"agreement {agreement:.3f} +- {error:.3f}, variance {variance:.2g}"
-        print(f"{NAMES.get(kind, kind)}, step {k}: {numbers}")
-    draw_lines(save, lines, "denoising step", f"agreement of {repeats} estimates, standard error")
+def add_seeds_option(command):
+    command.add_argument("--seeds", nargs="+", type=int, default=FRESH_SEEDS, help="of the runs")
 
 
-def problem(save=Path("problem.png"), more=()):
-    """Draw the best and the worst of 16 rollouts, and where their advantages are applied."""
-    trainer = load_trainer(["--group-size=16", "--batch-size=48", *more])
-    seed, prompts, rows = trainer.args.seed, trainer.task.heldout_prompts, []
-    torch.manual_seed(seed)
-    prompt = prompts[seed % len(prompts)]
-    samples, _, images, values, advantages = sample_groups(trainer, [prompt], (1, 2, 3))
-    weights = trainer.allocation(samples)[:, 2]  # of step 3
-    for i, colour in (values.argmax(), "#285ae6"), (values.argmin(), "#e61e1e"):
-        image, A, w, top = images[i], advantages[i], weights[i], weights[i].max()
-        tiles = [
-            (image, f"reward {values[i]:.2f}, A = {A:+.1f}"),
-            (overlay(image, torch.full_like(w, 0.4), colour), f"Flow-GRPO: {A:+.1f} everywhere"),
-            (overlay(image, w / top, "#f09010"), f"w: mean 1, {w.min():.1f} to {top:.1f}"),
-            (overlay(image, w / top, colour), f"STAR: w A, {w.min() * A:+.1f} to {top * A:+.1f}"),
-        ]
-        rows.append(draw_row("" if rows else prompt, tiles, side=208))
-    rewards.write(save, make_image_grid(rows, rows=2, cols=1).save)
+def add_results_option(command):
+    text = "folder of gains.jsonl, learning.jsonl, steps.jsonl"
+    command.add_argument("--results", type=Path, default=HERE, help=text)
 
 
-COMMANDS = [maps, train, all_, compare, map_quality, gradients, problem]
+def add_kind_option(command):
+    command.add_argument("--kind", choices=KINDS, default=STAR, help="beside Flow-GRPO")
 
 
 def main(argv=None):
-    """Each of COMMANDS is a command; its parameters with a default are options."""
-    style = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser = argparse.ArgumentParser(description=__doc__, **style)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for function in COMMANDS:
-        name, about = function.__name__.strip("_").replace("_", "-"), inspect.getdoc(function)
-        command = commands.add_parser(name, help=about.split("\n")[0], description=about, **style)
-        command.set_defaults(function=function)
-        for name, parameter in inspect.signature(function).parameters.items():
-            option, default = "--" + name.replace("_", "-"), parameter.default
-            if default is parameter.empty:
-                command.add_argument(name, nargs="+")
-            elif name != "more":
-                kind, shown = str if default is None else type(default), "default: %(default)s"
-                command.add_argument(option, type=kind, default=default, help=shown)
-    args, more = parser.parse_known_args(argv)
-    options = vars(args) | ({} if args.function in (all_, compare) else {"more": more})
-    if more and "more" not in options:
-        parser.error(f"unrecognized arguments: {' '.join(more)}")
-    try:
-        for name, value in options.items():
-            good = type(value) is not int or value > 0
-            require(good, f"--{name.replace('_', '-')} is {value}; use 1 or more")
-        folder = options.get("save", Path()).parent
-        require(folder.is_dir(), f"--save: there is no folder {folder}")
-        options.pop("function")(**options)
-    except UserError as error:
-        sys.exit(f"allocations.py: {error}")
+    parser = make_parser()
+    args, options = parser.parse_known_args(argv)
+    if options and args.command not in ["maps", "map-quality", "problem"]:
+        parser.error(f"unrecognized arguments: {' '.join(options)}")
+    if "save" in args and not args.save.parent.is_dir():
+        sys.exit(f"--save: there is no folder {args.save.parent}")
+    if "estimates" in args and args.estimates < 3:
+        sys.exit("--estimates must be 3 or more: standard errors need them")
+
+    if args.command == "maps":
+        maps(args.prompts, args.words, args.save, options)
+    elif args.command == "map-quality":
+        map_quality(args.images, args.save, options)
+    elif args.command == "problem":
+        problem(args.save, options)
+    elif args.command == "gain":
+        gain(args.subjects, args.estimates, args.results)
+        print_gains(read_results(args.results, GAINS))
+    elif args.command == "train":
+        plan = []
+        for experiment in args.experiments:
+            plan.append((experiment, args.kinds, args.rates, args.seeds))
+        train(plan, args.results)
+    elif args.command == "steps":
+        steps(args.experiment, args.kinds, args.estimates, args.results)
+        print_steps(read_results(args.results, STEPS))
+    elif args.command == "compare":
+        compare(args.experiments, args.seeds, args.results)
+    elif args.command == "figure":
+        figure(args.kind, args.seeds, args.results, args.save)
+    elif args.command == "all":
+        everything(args.kind, args.estimates, args.results, args.save)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,26 @@
 """What training costs: memory, time and floating-point operations (FLOP).
 
-    python study/costs.py memory --low-memory                        # needs no GPU
+    python study/costs.py memory --batch-size 1 --optimizer adafactor        # needs no GPU
     python study/costs.py benchmark --model stabilityai/stable-diffusion-3.5-medium
 
 `python study/costs.py COMMAND --help` describes a command.
 """
 
+import argparse
+import copy
+import dataclasses
 import functools
-import inspect
-import os
 import re
 import sys
+import textwrap
 import time
 import weakref
-from argparse import ArgumentParser, Namespace
+from collections import defaultdict
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 from unittest.mock import patch
 
-os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 import diffusers
 import torch
 import torch.nn.functional as F
@@ -37,66 +36,128 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import build
 
 import star
-from rewards import UserError, naming, replaced, require, silence_libraries
+from rewards import Task
 
-ALLOCATIONS, GIB = ("uniform", "spatial"), 2**30
+ALLOCATIONS = ["uniform", "spatial"]
+GIB = 2**30
 
 # ------------------------------------------------------------------- Stable Diffusion's real shapes
-MEDIUM = dict(num_layers=24, num_attention_heads=24, caption_projection_dim=1536)
-LARGE = dict(num_layers=38, num_attention_heads=38, caption_projection_dim=2432)
-DUAL = dict(dual_attention_layers=tuple(range(13)), qk_norm="rms_norm")
-SHAPES = {
-    "sd3.5-medium": MEDIUM | DUAL | dict(pos_embed_max_size=384),
-    "sd3-medium": MEDIUM | dict(pos_embed_max_size=192),
-    "sd3.5-large": LARGE | dict(qk_norm="rms_norm", pos_embed_max_size=192),
+TRANSFORMERS = {
+    "sd3.5-medium": {
+        "num_layers": 24,
+        "num_attention_heads": 24,
+        "caption_projection_dim": 1536,
+        "pos_embed_max_size": 384,
+        "qk_norm": "rms_norm",
+        "dual_attention_layers": tuple(range(13)),
+    },
+    "sd3-medium": {
+        "num_layers": 24,
+        "num_attention_heads": 24,
+        "caption_projection_dim": 1536,
+        "pos_embed_max_size": 192,
+    },
+    "sd3.5-large": {
+        "num_layers": 38,
+        "num_attention_heads": 38,
+        "caption_projection_dim": 2432,
+        "pos_embed_max_size": 192,
+        "qk_norm": "rms_norm",
+    },
 }
-VAE = dict(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)
-VAE |= dict(block_out_channels=[128, 256, 512, 512], layers_per_block=2, latent_channels=16)
-VAE |= dict(scaling_factor=1.5305, shift_factor=0.0609)
-VAE |= dict(use_quant_conv=False, use_post_quant_conv=False)
-T5 = dict(d_model=4096, d_ff=10240, num_heads=64, num_layers=24, feed_forward_proj="gated-gelu")
+VAE = {
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "latent_channels": 16,
+    "scaling_factor": 1.5305,
+    "shift_factor": 0.0609,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+T5 = {
+    "d_model": 4096,
+    "d_ff": 10240,
+    "num_heads": 64,
+    "num_layers": 24,
+    "feed_forward_proj": "gated-gelu",
+}
 
 
 def make_clip(width, layers, activation):
-    config = dict(hidden_size=width, intermediate_size=4 * width, projection_dim=width)
-    config |= dict(num_attention_heads=width // 64, num_hidden_layers=layers, hidden_act=activation)
-    return transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**config))
+    config = transformers.CLIPTextConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        projection_dim=width,
+        num_attention_heads=width // 64,
+        num_hidden_layers=layers,
+        hidden_act=activation,
+    )
+    return transformers.CLIPTextModelWithProjection(config)
 
 
 def make_pipeline(shapes, t5, bfloat16):
-    """A pipeline with random weights: float32, but for the text encoders maybe bfloat16."""
-    parts = dict(scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
-    parts["transformer"] = diffusers.SD3Transformer2DModel(**SHAPES[shapes])
-    parts["vae"] = diffusers.AutoencoderKL(**VAE)
-    clip = parts["tokenizer"] = parts["tokenizer_2"] = build.clip_tokenizer()
-    clip.model_max_length = 77
-    parts["tokenizer_3"] = build.t5_tokenizer() if t5 else None
-    torch.set_default_dtype(torch.bfloat16 if bfloat16 else torch.float32)
-    parts["text_encoder"] = make_clip(768, 12, "quick_gelu")
-    parts["text_encoder_2"] = make_clip(1280, 32, "gelu")
-    config = transformers.T5Config(**T5)
-    parts["text_encoder_3"] = transformers.T5EncoderModel(config).eval() if t5 else None
+    """A pipeline with random weights in float32. bfloat16 is for the text encoders only."""
+    transformer = diffusers.SD3Transformer2DModel(**TRANSFORMERS[shapes])
+    vae = diffusers.AutoencoderKL(**VAE)
+    tokenizer = build.clip_tokenizer()
+    tokenizer.model_max_length = 77
+    tokenizer_3 = None
+    text_encoder_3 = None
+    if bfloat16:
+        torch.set_default_dtype(torch.bfloat16)
+    text_encoder = make_clip(768, 12, "quick_gelu")
+    text_encoder_2 = make_clip(1280, 32, "gelu")
+    if t5:
+        tokenizer_3 = build.t5_tokenizer()
+        text_encoder_3 = transformers.T5EncoderModel(transformers.T5Config(**T5)).eval()
     torch.set_default_dtype(torch.float32)
-    return diffusers.StableDiffusion3Pipeline(**parts)
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=text_encoder_2,
+        tokenizer_2=tokenizer,
+        text_encoder_3=text_encoder_3,
+        tokenizer_3=tokenizer_3,
+    )
 
 
-def full_size(args):
+def full_size(options):
     """Save a pipeline of SD3.5 Medium's shapes with random weights: 16 GB, or 6 with --no-t5."""
-    with naming(f"--save {args.save}"):
-        args.save.mkdir(parents=True, exist_ok=True)
-        require(not any(args.save.iterdir()), f"--save {args.save} is not empty; name a new folder")
-        torch.set_default_dtype(torch.bfloat16)  # until make_pipeline sets float32 again
-        make_pipeline("sd3.5-medium", args.t5, bfloat16=True).save_pretrained(args.save)
+    options.save.mkdir(parents=True, exist_ok=True)
+    if any(options.save.iterdir()):
+        sys.exit(f"--save {options.save} is not empty: name a new folder")
+    pipe = make_pipeline("sd3.5-medium", options.t5, bfloat16=True)
+    pipe.to(torch.bfloat16).save_pretrained(options.save)
 
 
 # ------------------------------------------------------------------------------------------ Memory
 def tensors_of(*modules):
-    modules = filter(None, modules)
-    return [each for module in modules for each in (*module.parameters(), *module.buffers())]
+    """The parameters and buffers of modules, of which some may be None."""
+    tensors = []
+    for module in modules:
+        if module is not None:
+            tensors += module.parameters()
+            tensors += module.buffers()
+    return tensors
 
 
 def text_tensors(pipe):
     return tensors_of(pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3)
+
+
+def size_of(nested):
+    """The size in GiB of all tensors in nested lists and dictionaries. Views count once."""
+    sizes = {}
+    for value in tree_iter(nested):
+        if isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()
+            sizes[storage._cdata] = storage.nbytes()
+    return sum(sizes.values()) / GIB
 
 
 class LiveBytes(TorchDispatchMode):
@@ -104,343 +165,608 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.bytes, self.total, self.phase, self.peaks = {}, 0, "load", {}  # bytes by storage
+        self.bytes = {}  # of each storage
+        self.total = 0
+        self.phase = "load"
+        self.peaks = defaultdict(int)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        tensors = [each for each in tree_iter(result) if isinstance(each, torch.Tensor)]
-        self.place([each for each in tensors if each.untyped_storage()._cdata not in self.bytes])
-        self.peaks[self.phase] = max(self.total, self.peaks.get(self.phase, 0))
+        for value in tree_iter(result):
+            if isinstance(value, torch.Tensor):
+                if value.untyped_storage()._cdata not in self.bytes:
+                    self.place([value], on_device=True)
+        self.peaks[self.phase] = max(self.peaks[self.phase], self.total)
         return result
 
-    def place(self, tensors, on_device=True):
-        """The tensors are on the device, or they wait on the CPU and do not count."""
-        for storage in (tensor.untyped_storage() for tensor in tensors):
-            key, size = storage._cdata, storage.nbytes() if on_device else 0
-            if key not in self.bytes:  # until the storage is freed, then another may have the key
+    def place(self, tensors, on_device):
+        """The tensors are on the device, or they wait in main memory and do not count."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key not in self.bytes:
+                # When the storage is freed, another one may get its key.
                 weakref.finalize(storage, self.remove, key).atexit = False
-            self.total += size - self.bytes.get(key, 0)
-            self.bytes[key] = size
+                self.bytes[key] = 0
+            self.total -= self.bytes[key]
+            self.bytes[key] = storage.nbytes() if on_device else 0
+            self.total += self.bytes[key]
 
     def remove(self, key):
         self.total -= self.bytes.pop(key)
 
+    def in_phase(self, name, function):
+        """The function, during which it is this phase."""
 
-def count_iteration(settings, task, pipe, live):
-    """One iteration of star.py, not the first, while `live` counts: its Trainer and Rollouts."""
-
-    @contextmanager
-    def present(tensors, weights=()):
-        """What waits on the CPU is on the device within the block, in place of these weights."""
-        live.place(tensors)
-        with replaced(weights, tensors):
-            yield
-        live.place(tensors, on_device=not settings.offload)
-
-    def counted(function):
-        def call(*args):
-            live.phase = function.__name__
-            result = function(*args)
-            live.phase = "update"
+        def call(*inputs):
+            before = self.phase
+            self.phase = name
+            result = function(*inputs)
+            self.phase = before
             return result
 
         return call
 
-    task.load, task.monitors = lambda device: None, []
-    task.reward = lambda images, prompts: [0.0] * len(images)
-    pipe.image_processor.postprocess = lambda images: [None] * len(images)
-    changed = {each.__name__: counted(each) for each in (star.encode, star.rollout, star.decode)}
-    changed["load_pipeline"] = lambda *_, **options: pipe
-    changed["on_device"] = lambda device, *modules: present(tensors_of(*modules))
-    changed["replaced"] = lambda weights, values: present(values, weights)
-    with patch.multiple(star, **changed):
-        live.place(tensors_of(pipe.transformer, pipe.vae))
-        trainer = star.Trainer(replace(settings, kl_weight=0.0), task)
-        trainer.args, dtype = settings, torch.bfloat16 if settings.bfloat16 else torch.float32
-        if settings.kl_weight > 0:  # what star.py reads from the file of the model
-            trainer.reference = [weight.data.to(dtype, copy=True) for weight in trainer.weights]
-        for each in (trainer.reference, trainer.ema, text_tensors(pipe)):
-            live.place(each or [], on_device=not settings.offload)
-        trainer.optimizer.param_groups[0]["fused"] = settings.optimizer == "adamw"  # as on a GPU
-        for weight in trainer.weights:
-            weight.grad = torch.zeros_like(weight)
-        trainer.optimizer.step()  # creates the state, which is there from the second iteration on
-        trainer.optimizer.zero_grad()
+    @contextmanager
+    def visit(self, *modules, device):
+        """In place of diffusers' offload_models: what waits is on the device within the block."""
+        self.place(tensors_of(*modules), on_device=True)
+        yield
+        self.place(tensors_of(*modules), on_device=False)
+
+
+class NoReward(Task):
+    """A task for which no models are loaded."""
+
+    prompts = ["a prompt"]
+
+
+def encode_as_many(count):
+    """star.encode of `count` prompts, of which it returns only the first ones."""
+
+    def encode(pipe, prompts, max_sequence_length):
+        context, pooled = star_encode(pipe, NoReward.prompts * count, max_sequence_length)
+        return context[: len(prompts)], pooled[: len(prompts)]
+
+    star_encode = star.encode
+    return encode
+
+
+def count_iteration(args, live):
+    """Count the peaks of an iteration of star.py, not the first, and of an evaluation.
+
+    Two batches of an update and a step of the evaluation suffice. Returns the Trainer and the
+    Rollouts of the iteration.
+    """
+    images = args.prompts_per_iteration * args.group_size
+    few = copy.copy(args)
+    few.prompts_per_iteration = 1
+    few.group_size = min(images, 2 * args.batch_size * args.updates_per_iteration)
+    few.evaluation_steps = 1
+    with patch.object(star, "offload_models", live.visit):
+        trainer = star.Trainer(few, NoReward())
+        pipe = trainer.pipe
+        live.place(tensors_of(pipe.transformer, pipe.vae), on_device=True)
+        live.place(text_tensors(pipe), on_device=False)
+        live.place(tensors_of(trainer.ema, trainer.reference), on_device=False)
+        begin_second_iteration(trainer)
         trainer.optimizer.register_step_pre_hook(lambda *_: setattr(live, "phase", "optimizer"))
         trainer.optimizer.register_step_post_hook(lambda *_: setattr(live, "phase", "update"))
-        live.peaks = dict.fromkeys(("encode", "rollout", "decode", "update", "optimizer"), 0)
-        prompts, batches = trainer.sample(1)
-        trainer.score(prompts, batches)
-        trainer.update(1, batches, torch.ones(len(prompts) * settings.group_size))
+        pipe.image_processor.postprocess = lambda images: [None] * len(images)
+        live.peaks.clear()
+
+        live.phase = "rollout"
+        encode = live.in_phase("encode", encode_as_many(args.prompts_per_iteration))
+        add_means = live.in_phase("reference", trainer.add_reference_means)
+        with patch.object(star, "encode", encode):
+            with patch.object(trainer, "add_reference_means", add_means):
+                prompts, batches = trainer.sample(1)
+        live.phase = "decode"
+        trainer.images_of(batches)
+        live.phase = "update"
+        trainer.update(batches, torch.ones(len(prompts)))
+        live.phase = "evaluation"
+        encode = live.in_phase("evaluation, encode", encode_as_many(args.evaluation_prompts))
+        with patch.object(star, "encode", encode):
+            trainer.generate(NoReward.prompts * args.batch_size)
     return trainer, batches
+
+
+def begin_second_iteration(trainer):
+    """Give the optimizer the state that it has after the first iteration."""
+    group = trainer.optimizer.param_groups[0]
+    if trainer.args.optimizer == "adamw" and group["fused"] is None and group["foreach"] is None:
+        group["foreach"] = True  # torch's choice on a GPU: quick, but it needs more memory
+    for weight in trainer.transformer.parameters():
+        weight.grad = torch.zeros_like(weight)
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad()
 
 
 def float_layer_norm(x, *args):
     """As autocast does it on a GPU. On a CPU it would stay in bfloat16, which takes less memory."""
-    return torch.layer_norm(x.float() if torch.is_autocast_enabled("cpu") else x, *args)
+    if torch.is_autocast_enabled("cpu"):
+        x = x.float()
+    return torch.layer_norm(x, *args)
 
 
-def count_fake_iteration(settings, task, make):
-    """The same for the pipeline of make(), all of fake tensors, which have no content."""
+def falling(tensor):
+    """Numbers from 1 to almost 0, like the sigmas of a schedule."""
+    return [1 - k / len(tensor) for k in range(len(tensor))]
+
+
+def count_fake_iteration(args, make):
+    """The same with the pipeline of make() and fake tensors, which have shapes, but no content.
+    Returns the LiveBytes, too."""
     live = LiveBytes()
-    answers = dict(item=lambda _: 1, __bool__=lambda _: True, __index__=lambda _: 0)
-    answers["tolist"] = lambda sigmas: [1 - k / len(sigmas) for k in range(len(sigmas))]
-    content = patch.multiple(FakeTensor, **answers)
-    norm = patch.object(F, "layer_norm", float_layer_norm)
-    move = patch.object(torch.nn.Module, "to", lambda module, *_: module)
-    with FakeTensorMode(allow_non_fake_inputs=True), live, content, norm, move:
-        return live, *count_iteration(settings, task, make(), live)
+
+    def load_part(args, name, compact):
+        """The transformer, or a copy of it as the reference."""
+        if not compact:
+            return pipe.transformer
+        reference = copy.deepcopy(pipe.transformer)
+        if args.bfloat16:
+            for tensor in tensors_of(reference):
+                tensor.data = tensor.data.bfloat16()
+        return reference
+
+    loaders = {"load_pipeline": lambda args, transformer: pipe, "load_part": load_part}
+    content = {
+        "item": lambda tensor: 1,
+        "__bool__": lambda tensor: True,
+        "__index__": lambda tensor: 0,
+        "tolist": falling,
+    }
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        live,
+        patch.multiple(FakeTensor, **content),
+        patch.object(F, "layer_norm", float_layer_norm),
+        patch.object(torch.nn.Module, "to", lambda module, device: module),
+    ):
+        pipe = make()
+        with patch.multiple(star, **loaders):
+            trainer, batches = count_iteration(args, live)
+    return live, trainer, batches
 
 
-def memory(args):
+def memory(options):
     """Count the peak memory of each phase of an iteration of star.py, without a GPU.
 
     star.py runs with the real shapes and with tensors that have no content, and we count their
     bytes. Not counted are the models of the reward, what CUDA itself takes (about half a GiB), the
     working space of kernels, and gaps between tensors. Options of star.py but --model may follow.
     """
-    words = SimpleNamespace(tokenizer=build.clip_tokenizer(), tokenizer_3=build.t5_tokenizer())
-    with patch.object(star, "open_pipeline", lambda _: (words, True, range(16, 1025, 16), ())):
-        settings, task = star.parse_arguments(["--bfloat16", *args.more, "--device", "cpu"])
-    # two batches show the peaks; of the other images we only add what is kept for the update
-    images = settings.prompts_per_iteration * settings.group_size
-    few = min(images, 2 * settings.batch_size * settings.updates_per_iteration)
-    fewer = replace(settings, prompts_per_iteration=1, group_size=few, compile=False)
-    make = functools.partial(make_pipeline, args.shapes, settings.t5, settings.bfloat16)
-    live, trainer, batches = count_fake_iteration(fewer, task, make)
+    with patch.object(
+        star.SD3Transformer2DModel, "load_config", lambda *_, **__: {"sample_size": 64}
+    ):
+        args = star.parse_arguments(["--bfloat16", *options.more])
+    make = functools.partial(make_pipeline, options.shapes, args.t5, args.bfloat16)
+    live, trainer, batches = count_fake_iteration(args, make)
 
-    def size(tensors):
-        storages = [x.untyped_storage() for x in tree_iter(tensors) if isinstance(x, torch.Tensor)]
-        return sum({each._cdata: each.nbytes() for each in storages}.values()) / GIB
+    # Of the images that were not counted we add what is kept of their rollouts.
+    images = args.prompts_per_iteration * args.group_size
+    counted = trainer.args.group_size
+    kept = size_of([vars(batch) for batch in batches]) / counted
+    latents = size_of(batches[0].latents[0]) / args.batch_size
+    prompt = size_of([batch.prompt for batch in batches]) / counted
+    kept_to_evaluate = prompt + latents * (args.evaluation_steps + 1)
+    peaks = {}
+    for phase, peak in live.peaks.items():
+        peaks[phase] = peak / GIB
+        if phase == "evaluation":
+            peaks[phase] += kept_to_evaluate * args.evaluation_prompts
+        elif "encode" not in phase:
+            peaks[phase] += kept * (images - counted)
+    print(f"{options.shapes}, {args.height} pixels, {images} images. GPU memory, GiB:")
+    for phase, peak in peaks.items():
+        print(f"{peak:8.2f}  {phase}")
+    print_waiting_and_saved(trainer)
 
-    others = size([list(vars(batch).values()) for batch in batches]) * (images - few) / few
-    pipe, saved = trainer.pipe, list(trainer.tensors().values())
-    files = [size(saved[i : i + 100]) for i in range(0, len(saved), 100)]  # as Trainer.save
-    text, ema = size(text_tensors(pipe)), size(trainer.ema)
-    loaded = size(tensors_of(pipe.transformer)) + text
-    rows = {phase: peak / GIB + others * (phase != "encode") for phase, peak in live.peaks.items()}
-    rows["main memory while loading"] = loaded
-    rows["main memory in training"] = max(files) + (text + ema if settings.offload else 0)
-    rows["disk, a checkpoint"] = sum(files)
-    rows["disk, the trained pipeline"] = loaded + size(tensors_of(pipe.vae))
-    lines = [f"{amount:8.2f}  {name}" for name, amount in rows.items()]
-    print(f"{args.shapes}, {settings.height} pixels, {images} images, GiB:", *lines, sep="\n")
+
+def print_waiting_and_saved(trainer):
+    """Main memory and files, in GiB."""
+    pipe = trainer.pipe
+    transformer = size_of(tensors_of(pipe.transformer))
+    text = size_of(text_tensors(pipe))
+    vae = size_of(tensors_of(pipe.vae))
+    ema = size_of(tensors_of(trainer.ema))
+    optimizer = size_of(trainer.optimizer.state_dict()["state"])
+    waiting = text + ema + size_of(tensors_of(trainer.reference))
+    # A file that is written is in main memory as a whole, and the EMA is there anyway.
+    rows = {
+        "main memory while loading": transformer + text + vae,
+        "main memory in training": waiting,
+        "main memory while a checkpoint is written": waiting + max(transformer, optimizer),
+        "disk, a checkpoint": transformer + ema + optimizer,
+        "disk, the trained pipeline": transformer + text + vae,
+    }
+    for name, size in rows.items():
+        print(f"{size:8.2f}  {name}")
 
 
 # -------------------------------------------------------------------------------------------- Time
 def time_iteration(trainer, clock, allocation):
     """What an iteration with this allocation takes: {row of the table: value}."""
-    trainer.args.allocation, noted, cuda = allocation, {}, trainer.args.device == "cuda"
+    on_gpu = star.DEVICE == "cuda"
+    seconds = {}
 
-    def timed(method):
-        def call(*args):
+    def timed(name):
+        method = getattr(trainer, name)
+
+        def call(*inputs):
             begin = clock()
-            result = method(*args)
-            if cuda:
+            result = method(*inputs)
+            if on_gpu:
                 torch.cuda.synchronize()
-                noted["peak GPU memory, GiB"] = torch.cuda.max_memory_allocated() / GIB
-            noted[f"{method.__name__}, seconds"] = clock() - begin
+            seconds[name] = clock() - begin
             return result
 
         return call
 
-    if cuda:
+    trainer.args.allocation = allocation
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    phases = {name: timed(getattr(trainer, name)) for name in ("sample", "score", "update")}
-    with patch.multiple(trainer, **phases):
-        timed(trainer.iterate)(1)
-    return noted
+    iterate = timed("iterate")
+    with patch.multiple(trainer, sample=timed("sample"), update=timed("update")):
+        iterate(1)
+    rows = {
+        "sample, seconds": seconds["sample"],
+        "score, seconds": seconds["iterate"] - seconds["sample"] - seconds["update"],
+        "update, seconds": seconds["update"],
+        "iterate, seconds": seconds["iterate"],
+    }
+    if on_gpu:
+        rows["peak GPU memory, GiB"] = torch.cuda.max_memory_allocated() / GIB
+    return rows
 
 
 def in_turn(costs, ways, repeats):
     """{row: {way: [value of each repeat]}} of costs(way), each way as often first as last."""
     rows = {}
     for repeat in range(repeats + 1):
-        for way in ways[:: -1 if repeat % 2 else 1]:
-            for row, value in costs(way).items():
+        order = list(ways)
+        if repeat % 2 == 1:
+            order.reverse()
+        for way in order:
+            measured = costs(way)
+            if repeat == 0:
+                continue  # this one warms up
+            for row, value in measured.items():
                 columns = rows.setdefault(row, {each: [] for each in ways})
-                columns[way] += [value] * (repeat > 0)  # the first warms up
+                columns[way].append(value)
     return rows
 
 
 def print_rows(rows):
     """Print medians, and the ratios to the first column: median (min to max)."""
     for row, columns in rows.items():
+        parts = [f"{way} {median(values):.4g}" for way, values in columns.items()]
+        line = f"{row}: " + ", ".join(parts)
         first, *others = columns
-        line = ", ".join(f"{way} {median(columns[way]):.4g}" for way in columns)
         for way in others:
-            ratios = sorted(a / b for a, b in zip(columns[way], columns[first]))
-            line += f"; {way} / {first} {median(ratios):.4f} ({ratios[0]:.4f} to {ratios[-1]:.4f})"
-        print(f"{row}: {line}")
+            ratios = [a / b for a, b in zip(columns[way], columns[first])]
+            line += f"; {way} / {first} {median(ratios):.4f}"
+            line += f" ({min(ratios):.4f} to {max(ratios):.4f})"
+        print(line)
 
 
-def flops_of(function, *args):
+def flops_of(function, *inputs):
     with FlopCounterMode(display=False) as counter:
-        function(*args)
+        function(*inputs)
     return counter.get_total_flops() / 1e12
 
 
 def iteration_flops(shapes, allocation, checkpointing=False):
     """TFLOP of an iteration by phase, for one image of 512 pixels with guidance 4.5."""
-    tokens, steps = 77 + star.FULL_SIZE["max_sequence_length"], range(3)
-    recorded = steps if allocation == "spatial" else ()
+    tokens = 77 + star.PRESETS["full size"]["max_sequence_length"]
+    steps = range(3)
+    recorded = [] if allocation == "uniform" else steps
     with torch.device("meta"):
         prompt = (torch.zeros(1, tokens, 4096), torch.zeros(1, 2048))
-        latents, core = torch.zeros(1, 16, 64, 64), torch.zeros(1, tokens, dtype=torch.bool)
-        transformer = diffusers.SD3Transformer2DModel(**SHAPES[shapes])
+        latents = torch.zeros(1, 16, 64, 64)
+        core = torch.zeros(1, tokens, dtype=torch.bool)
+        transformer = diffusers.SD3Transformer2DModel(**TRANSFORMERS[shapes])
         if checkpointing:
             transformer.enable_gradient_checkpointing()
-        policy = star.Policy(transformer, [1 - k / 10 for k in range(11)], 0.7, 4.5, prompt)
-        step, inputs = (latents, 0, prompt), (steps, None, recorded, core)
-        flops = {"rollout": flops_of(star.rollout, policy, latents, prompt, *inputs)}
-        flops["reference"] = 3 * flops_of(torch.no_grad()(policy.distribution), *step)
-        flops["update"] = 3 * flops_of(lambda: policy.distribution(*step)[0].sum().backward())
-    return flops | {"iteration": sum(flops.values())}
+        policy = star.Policy(
+            transformer=transformer,
+            sigmas=[1 - k / 10 for k in range(11)],
+            noise_level=0.7,
+            guidance_scale=4.5,
+            empty_prompt=prompt,
+        )
+
+        def trained_step():
+            mean, _ = policy.distribution(latents, 0, prompt)
+            mean.sum().backward()
+
+        rollout = flops_of(star.rollout, policy, latents, prompt, steps, None, recorded, core)
+        with torch.no_grad():
+            reference = len(steps) * flops_of(policy.distribution, latents, 0, prompt)
+        update = len(steps) * flops_of(trained_step)
+    return {
+        "rollout": rollout,
+        "reference": reference,
+        "update": update,
+        "iteration": rollout + reference + update,
+    }
 
 
-def overhead(args):
+def overhead(options):
     """Measure what spatial costs against uniform.
 
     First the CPU seconds of one thread for iterations of the miniature. Then the operations for one
     image at the real shapes: 10 steps of which 3 are trained, guidance 4.5 and a KL penalty.
     """
     torch.set_num_threads(1)
-    trainer = star.Trainer(*star.parse_arguments(["--device", "cpu", "--no-bfloat16"]))
+    args = star.parse_arguments([])
+    trainer = star.Trainer(args, star.make_task(args))
     costs = functools.partial(time_iteration, trainer, time.process_time)
-    rows = in_turn(costs, ALLOCATIONS, args.repeats)
-    for shapes in SHAPES:
-        for again in (False, True):
-            flops = {way: iteration_flops(shapes, way, again) for way in ALLOCATIONS}
-            for phase in flops["uniform"]:
-                title = f"{shapes}{', gradient checkpointing' * again}, {phase}, TFLOP"
-                rows[title] = {way: [flops[way][phase]] for way in flops}
+    rows = in_turn(costs, ALLOCATIONS, options.repeats)
+    for shapes in TRANSFORMERS:
+        for checkpointing in [False, True]:
+            title = shapes
+            if checkpointing:
+                title += ", gradient checkpointing"
+            for allocation in ALLOCATIONS:
+                flops = iteration_flops(shapes, allocation, checkpointing)
+                for phase, amount in flops.items():
+                    columns = rows.setdefault(f"{title}, {phase}, TFLOP", {})
+                    columns[allocation] = [amount]
     print_rows(rows)
 
 
-def benchmark(args):
+def matrix_speed(dtype):
+    """TFLOP/s of a large matrix product on this machine."""
+    side = 8192 if star.DEVICE == "cuda" else 2048
+    matrix = torch.randn(side, side, device=star.DEVICE, dtype=dtype)
+    timer = Timer("matrix @ matrix", globals={"matrix": matrix})
+    return 2e-12 * side**3 / timer.blocked_autorange().median
+
+
+def benchmark(options):
     """Time iterations of uniform and spatial in turn on this machine.
 
     FLOP utilisation is what the method needs, by the time and the speed of a large matrix product:
     for an image T forward passes to sample, S more with a KL penalty, and the work of 3 S to update
     (2 S with guidance, whose unconditional half has no gradient). Options of star.py may follow.
     """
-    trainer = star.Trainer(*star.parse_arguments(args.more))
-    settings, cuda = trainer.args, trainer.args.device == "cuda"
+    args = star.parse_arguments(options.more)
+    trainer = star.Trainer(args, star.make_task(args))
     costs = functools.partial(time_iteration, trainer, time.perf_counter)
-    rows = in_turn(costs, ALLOCATIONS, args.repeats)
-    latents = torch.zeros(1, *trainer.shape, device=settings.device)
-    velocity = trainer.policy(settings.steps).velocity
+    rows = in_turn(costs, ALLOCATIONS, options.repeats)
+
+    latents = torch.zeros(1, *trainer.shape, device=star.DEVICE)
+    velocity = trainer.training_policy.velocity
     with torch.no_grad(), trainer.autocast:
         forward = flops_of(velocity, latents, 0, trainer.empty_prompt)
-    side, dtype = 8192 if cuda else 2048, torch.bfloat16 if settings.bfloat16 else torch.float32
-    matrix = torch.randn(side, side, device=settings.device, dtype=dtype)
-    speed = 2e-12 * side**3 / Timer("x @ x", globals={"x": matrix}).blocked_autorange().median
-    images, S = settings.prompts_per_iteration * settings.group_size, settings.stochastic_steps
-    sampled, unit = settings.steps + (S if trainer.reference else 0), images * forward / speed
-    updated = S * (3 if settings.guidance_scale == 1 else 2)
-    amounts = dict(iterate=images, sample=unit * sampled, update=unit * updated)
-    for phase, amount in amounts.items():
-        title = "images per second" if phase == "iterate" else f"{phase}, FLOP utilisation"
-        columns = rows[f"{phase}, seconds"].items()
-        rows[title] = {way: [amount / each for each in seconds] for way, seconds in columns}
-    print(f"{images} images; forward pass {forward:.3g}, matrix product {speed:.3g} TFLOP/s")
+    speed = matrix_speed(torch.bfloat16 if args.bfloat16 else torch.float32)
+    images = args.prompts_per_iteration * args.group_size
+    sampled = args.steps
+    if trainer.reference:
+        sampled += args.stochastic_steps
+    updated = args.stochastic_steps * (3 if args.guidance_scale == 1 else 2)
+    amounts = {  # by the seconds
+        "images per second": ("iterate", images),
+        "sample, FLOP utilisation": ("sample", images * sampled * forward / speed),
+        "update, FLOP utilisation": ("update", images * updated * forward / speed),
+    }
+    for title, (phase, amount) in amounts.items():
+        rows[title] = {}
+        for way, seconds in rows[f"{phase}, seconds"].items():
+            rows[title][way] = [amount / each for each in seconds]
+    print(f"{images} images; forward pass {forward:.3g} TFLOP, matrix product {speed:.3g} TFLOP/s")
     print_rows(rows)
 
 
 # ------------------------------------------------------------------------------- Against flow_grpo
-def flow_grpo(folder, trainer):
-    """star.rollout and trainer.update by the functions of a clone of yifan123/flow_grpo."""
-    sys.path.insert(0, str(folder))
-    with naming(f"--flow-grpo {folder}"):
+class FlowGRPO:
+    """star.py's rollout, decode and update, by the functions of a clone of yifan123/flow_grpo."""
+
+    def __init__(self, folder, trainer):
+        script = folder / "scripts/train_sd3.py"
+        if not script.exists():
+            sys.exit(f"--flow-grpo {folder} is no clone of yifan123/flow_grpo")
+        sys.path.insert(0, str(folder))
         from flow_grpo.diffusers_patch import sd3_pipeline_with_logprob as module
 
-        script = (folder / "scripts/train_sd3.py").read_text()  # it imports much else
-        [function] = re.findall(r"^def compute_log_prob.*?(?=^def )", script, re.M | re.S)
-        exec(function, vars(module))
-    pipe, args = trainer.pipe, trainer.args
+        # The script cannot be imported without much else. We take a function and the loss of it.
+        text = script.read_text()
+        function = re.search(r"^def compute_log_prob.*?(?=^def )", text, re.M | re.S)
+        loss = re.search(r"^ +ratio = .*?^ +policy_loss = .*?$", text, re.M | re.S)
+        exec(function[0], vars(module))
+        self.module = module
+        self.loss = textwrap.dedent(loss[0])
+        self.trainer = trainer
 
-    def rollout(policy, noise, prompt, steps, *_):
-        options = dict(num_inference_steps=args.steps, guidance_scale=args.guidance_scale)
-        for name, one, empty in zip(("prompt", "pooled_prompt"), prompt, policy.empty_prompt):
-            options |= {f"{name}_embeds": one, f"negative_{name}_embeds": empty.expand_as(one)}
-        trainer.images, x, log_prob = module.pipeline_with_logprob(pipe, latents=noise, **options)
-        return star.Rollout(prompt, steps, torch.stack(x, 1), torch.stack(log_prob, 1), None)
+    def rollout(self, policy, noise, prompt, steps, *_):
+        context, pooled = prompt
+        empty_context, empty_pooled = policy.empty_prompt
+        self.images, latents, log_probs = self.module.pipeline_with_logprob(
+            self.trainer.pipe,
+            latents=noise,
+            num_inference_steps=self.trainer.args.steps,
+            guidance_scale=policy.guidance_scale,
+            prompt_embeds=context,
+            pooled_prompt_embeds=pooled,
+            negative_prompt_embeds=empty_context.expand_as(context),
+            negative_pooled_prompt_embeds=empty_pooled.expand_as(pooled),
+        )
+        return star.Rollout(
+            prompt=prompt,
+            steps=steps,
+            latents=latents,
+            log_probs=[log_probs[k] for k in steps],
+            maps=[],
+            reference_means=[],
+        )
 
-    def update(iteration, batches, advantages):
-        """The gradient of a rollout's first update: all ratios are 1, and nothing is clipped."""
-        [batch], prompt = batches, batches[0].prompt
-        config = Namespace(sample=args, train=Namespace(cfg=args.guidance_scale != 1))
-        if config.train.cfg:
-            pairs = zip(trainer.empty_prompt, prompt)
-            prompt = [torch.cat([empty.expand_as(one), one]) for empty, one in pairs]
-        sample = dict(latents=batch.latents[:, :-1], next_latents=batch.latents[:, 1:])
-        sample["timesteps"] = pipe.scheduler.timesteps.expand(len(advantages), -1)
-        for k in batch.steps:
-            inputs = pipe.transformer, pipe, sample, k, *prompt, config
-            log_prob = module.compute_log_prob(*inputs)[1]
-            loss = -(advantages * torch.exp(log_prob - log_prob.detach())).mean()
-            (loss / len(batch.steps)).backward()
+    def decode(self, pipe, latents):
+        return self.images
+
+    def config(self):
+        """Their settings, of which these are read."""
+        args = self.trainer.args
+        return argparse.Namespace(
+            sample=argparse.Namespace(
+                guidance_scale=args.guidance_scale, noise_level=args.noise_level
+            ),
+            train=argparse.Namespace(cfg=args.guidance_scale != 1, clip_range=args.clip_range),
+        )
+
+    def log_prob(self, batch, k):
+        """How likely is step k of a rollout, by the present weights? [B]"""
+        pipe = self.trainer.pipe
+        context, pooled = batch.prompt
+        if self.trainer.args.guidance_scale != 1:
+            empty_context, empty_pooled = self.trainer.empty_prompt
+            context = torch.cat([empty_context.expand_as(context), context])
+            pooled = torch.cat([empty_pooled.expand_as(pooled), pooled])
+        sample = {
+            "latents": torch.stack(batch.latents[:-1], dim=1),
+            "next_latents": torch.stack(batch.latents[1:], dim=1),
+            "timesteps": pipe.scheduler.timesteps.expand(len(pooled), -1)[: len(batch.latents[0])],
+        }
+        _, log_prob, _, _ = self.module.compute_log_prob(
+            pipe.transformer, pipe, sample, k, context, pooled, self.config()
+        )
+        return log_prob
+
+    def add_gradient(self, batch, advantages):
+        """Add the gradient of their loss. Returns the ratios [S, B]."""
+        ratios = []
+        for j, k in enumerate(batch.steps):
+            names = {
+                "torch": torch,
+                "config": self.config(),
+                "sample": {"log_probs": torch.stack(batch.log_probs, dim=1)},
+                "j": j,
+                "advantages": advantages,
+                "log_prob": self.log_prob(batch, k),
+            }
+            exec(self.loss, names)
+            (names["policy_loss"] / len(batch.steps)).backward()
+            ratios.append(names["ratio"].detach())
+        return torch.stack(ratios)
+
+    def update(self, batches, advantages):
+        """One update with one batch."""
+        self.add_gradient(batches[0], advantages)
+        torch.nn.utils.clip_grad_norm_(self.trainer.transformer.parameters(), max_norm=1.0)
+        self.trainer.optimizer.step()
+        self.trainer.optimizer.zero_grad()
         return {}
 
-    return rollout, update
+
+def gradient_of(model):
+    return torch.cat([weight.grad.double().flatten() for weight in model.parameters()])
 
 
-def against_flow_grpo(args):
+def compare_last_update(trainer, theirs, updates):
+    """Compare the gradients of the last of these updates of a rollout. Returns a sentence."""
+    trainer.args.updates_per_iteration = updates
+    trainer.args.batch_size = 24 // updates
+    model = trainer.transformer
+    prompts, batches = trainer.sample(1)
+    advantages = torch.linspace(-1, 1, len(prompts))
+    with torch.no_grad():  # by the weights that sampled
+        last = batches[-1]
+        log_probs = [theirs.log_prob(last, k) for k in last.steps]
+        last = dataclasses.replace(last, log_probs=log_probs)
+
+    moments = []
+
+    def note(*_):
+        weights = copy.deepcopy(model.state_dict())
+        moments.append((weights, gradient_of(model)))
+
+    hook = trainer.optimizer.register_step_pre_hook(note)
+    trainer.update(batches, advantages)
+    hook.remove()
+    weights, ours = moments[-1]
+    model.load_state_dict(weights)  # those of the last gradient
+    ratios = theirs.add_gradient(last, advantages[-trainer.args.batch_size :])
+    gradient = gradient_of(model)
+    trainer.optimizer.zero_grad()
+    cosine = F.cosine_similarity(ours, gradient, dim=0)
+    norms = ours.norm() / gradient.norm()
+    outside = (ratios - 1).abs() > trainer.args.clip_range
+    return (
+        f"update {updates}: cosine {cosine:.6f}, norm / theirs {norms:.6f}, ratios "
+        f"{ratios.min():.4f} to {ratios.max():.4f}, {outside.float().mean():.0%} out of clip range"
+    )
+
+
+def against_flow_grpo(options):
     """Compare gradients and times with flow_grpo's own functions, on the miniature.
 
-    First the gradient of one rollout, uniform against theirs. Then CPU seconds of one thread, in
-    turn: 24 images, 10 steps of which 3 are trained, guidance 4.5. They decode while they sample.
+    First the gradient of uniform against theirs, in the first update of a rollout and in the second
+    of two, before which the ratios have moved. Then CPU seconds of one thread, in turn: 24 images,
+    10 steps of which 3 are trained, guidance 4.5. They decode while they sample.
     """
     torch.set_num_threads(1)
-    text = "--device cpu --no-bfloat16 --allocation uniform --ema-decay 0 --max-gradient-norm 1e9"
-    trainer = star.Trainer(*star.parse_arguments(text.split()))
-    trainer.optimizer = Namespace(step=lambda: None, zero_grad=lambda: None)
+    args = star.parse_arguments(["--allocation", "uniform", "--ema-decay", "0"])
+    trainer = star.Trainer(args, star.make_task(args))
     trainer.pipe.set_progress_bar_config(disable=True)
-    rollout, update = flow_grpo(args.flow_grpo, trainer)
-    for guidance in (1.0, 1.5, 4.5):
-        trainer.args.guidance_scale, gradients = guidance, []
-        _, batches = trainer.sample(1)
-        for method in (update, trainer.update):
-            trainer.transformer.zero_grad()
-            method(1, batches, torch.linspace(-1, 1, 24))
-            gradients.append(torch.cat([each.grad.double().flatten() for each in trainer.weights]))
-        cosine = F.cosine_similarity(*gradients, dim=0)
-        ratio = gradients[1].norm() / gradients[0].norm()
-        print(f"guidance {guidance}: cosine {cosine:.6f}, norm / theirs {ratio:.6f}")
+    theirs = FlowGRPO(options.flow_grpo, trainer)
+    start = copy.deepcopy(trainer.transformer.state_dict())
+    for guidance in [1.0, 1.5, 4.5]:
+        args.guidance_scale = guidance
+        trainer.training_policy.guidance_scale = guidance
+        for updates in [1, 2]:
+            trainer.transformer.load_state_dict(start)
+            print(f"guidance {guidance}, {compare_last_update(trainer, theirs, updates)}")
+
+    args.updates_per_iteration = 1
+    args.batch_size = 24
 
     def costs(way):
-        if way in ALLOCATIONS:
+        if way != "flow_grpo":
             return time_iteration(trainer, time.process_time, way)
-        theirs = patch.multiple(star, rollout=rollout, decode=lambda *_: trainer.images)
-        with theirs, patch.object(trainer, "update", update):
+        with (
+            patch.multiple(star, rollout=theirs.rollout, decode=theirs.decode),
+            patch.object(trainer, "update", theirs.update),
+        ):
             return time_iteration(trainer, time.process_time, "uniform")
 
-    print_rows(in_turn(costs, ("flow_grpo", *ALLOCATIONS), args.repeats))
+    print_rows(in_turn(costs, ["flow_grpo", *ALLOCATIONS], options.repeats))
 
 
 # -------------------------------------------------------------------------------------------- Main
 def main(argv=None):
-    silence_libraries()
-    parser = ArgumentParser(description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for function in (memory, overhead, benchmark, against_flow_grpo, full_size):
-        name, about = function.__name__.replace("_", "-"), inspect.getdoc(function)
-        command = commands.add_parser(name, help=about.split("\n")[0], description=about)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add_command(function):
+        name = function.__name__.replace("_", "-")
+        command = commands.add_parser(
+            name,
+            help=function.__doc__.split("\n")[0],
+            description=textwrap.dedent(function.__doc__),
+        )
         command.set_defaults(function=function)
-        if function in (overhead, benchmark, against_flow_grpo):
-            command.add_argument("--repeats", type=int, default=5, help="default: 5")
-    commands.choices["memory"].add_argument("--shapes", choices=SHAPES, default="sd3.5-medium")
-    commands.choices["against-flow-grpo"].add_argument("--flow-grpo", type=Path, required=True)
-    commands.choices["full-size"].add_argument("--save", type=Path, required=True)
-    commands.choices["full-size"].add_argument("--no-t5", dest="t5", action="store_false")
-    args, args.more = parser.parse_known_args(argv)
-    if args.more and args.function not in (memory, benchmark):
-        parser.error(f"unrecognized arguments: {' '.join(args.more)}")
-    try:
-        require(getattr(args, "repeats", 1) > 0, "--repeats must be 1 or more")
-        args.function(args)
-    except (UserError, torch.OutOfMemoryError) as error:
-        sys.exit(f"costs.py: {error}")
+        return command
+
+    command = add_command(memory)
+    command.add_argument("--shapes", choices=TRANSFORMERS, default="sd3.5-medium")
+    command = add_command(overhead)
+    command.add_argument("--repeats", type=star.positive, default=5, help="default: 5")
+    command = add_command(benchmark)
+    command.add_argument("--repeats", type=star.positive, default=5, help="default: 5")
+    command = add_command(against_flow_grpo)
+    command.add_argument("--flow-grpo", type=Path, required=True, help="folder of a clone")
+    command.add_argument("--repeats", type=star.positive, default=5, help="default: 5")
+    command = add_command(full_size)
+    command.add_argument("--save", type=Path, required=True, help="a new folder")
+    command.add_argument("--no-t5", dest="t5", action="store_false", help="without T5")
+
+    options, options.more = parser.parse_known_args(argv)
+    if options.more and options.function not in [memory, benchmark]:
+        parser.error(f"unrecognized arguments: {' '.join(options.more)}")
+    if options.function is not benchmark:
+        star.DEVICE = "cpu"  # also where there is a GPU
+    options.function(options)
 
 
 if __name__ == "__main__":
