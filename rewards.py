@@ -44,7 +44,11 @@ class Task:
     monitors = ()
 
     def reward(self, images, prompts):
-        """One number per PIL image: a list, an array or a tensor."""
+        """One number per PIL image: a list, an array or a tensor.
+
+        In training, one call gets all images of an iteration, and those of a prompt are neighbours.
+        In evaluation each prompt has one image.
+        """
 
     def core_spans(self, prompt):
         """The (start, end) characters of the words that the reward is about."""
@@ -69,7 +73,7 @@ class Task:
         for task in [self, *self.monitors]:
             task.load()
             for network in task.networks():
-                network.requires_grad_(False)
+                network.eval().requires_grad_(False)
 
     @torch.no_grad()
     def checked_reward(self, images, prompts):
@@ -213,8 +217,8 @@ class OCR(Task):
 
     def load(self):
         (name,) = self.models
-        self.processor = load_processor(name)
         self.reader = load_checked_model(transformers.AutoModelForImageTextToText, name)
+        self.processor = load_processor(name)
         self.is_florence = self.reader.config.model_type == "florence2"
         settings = self.reader.generation_config
         if self.is_florence:  # as documented; without the third it can write one word for ever
@@ -519,8 +523,8 @@ class PickScore(Task):
 
     def load(self):
         clip, processor = self.models
-        self.processor = load_processor(processor)
         self.clip = load_checked_model(transformers.CLIPModel, clip)
+        self.processor = load_processor(processor)
 
     @torch.inference_mode()
     def reward(self, images, prompts, batch_size=32):
@@ -650,7 +654,7 @@ def make_task(args):
         task.models = task.real_models if args.full_size else task.tiny_models
     if args.reward_model:
         if len(args.reward_model) != len(first.models):
-            sys.exit(f"{type(first).__name__} takes {len(first.models)} models: --reward-model")
+            sys.exit(f"--reward-model: {type(first).__name__} takes {len(first.models)}")
         first.models = args.reward_model
     prefix = f"{TINY}/prompts/real_" if args.full_size else f"{TINY}/prompts/"
     training = read_prompts(args.prompts, first.prompts, prefix + first.prompt_files[0])
@@ -670,9 +674,8 @@ def make_task(args):
     task.monitors = monitors
     task.prompts = [record["prompt"] for record in training]
     # From all parts of the file, which may be sorted by kind.
-    every = max(1, len(heldout) // args.evaluation_prompts)
-    heldout = heldout[::every][: args.evaluation_prompts]
-    task.heldout_prompts = [record["prompt"] for record in heldout]
+    count = min(args.evaluation_prompts, len(heldout))
+    task.heldout_prompts = [heldout[i * len(heldout) // count]["prompt"] for i in range(count)]
     if len(task.prompts) < args.prompts_per_iteration:
         sys.exit(
             f"there are {len(task.prompts)} training prompts, fewer than --prompts-per-iteration, "

@@ -91,8 +91,9 @@ def sde_step(latents, velocity, sigma, sigma_next, second_sigma, noise_level):
     For small steps images are then distributed as before. With guidance this is not exact, since
     its v is no flow's velocity.
 
-    latents, velocity [B, C, H, W]; noise_level is a. second_sigma, the schedule's second one, keeps
-    s finite at sigma = 1. Returns the Gaussian over the next x: mean [B, C, H, W] and std, a float.
+    latents, velocity [B, C, H, W]; the rest are floats. noise_level is a. second_sigma, the
+    schedule's second one, keeps s finite at sigma = 1. Returns the Gaussian over the next x: mean
+    [B, C, H, W] and std, a float.
     """
     latents = latents.float()
     velocity = velocity.float()
@@ -117,7 +118,7 @@ def position_log_prob(sample, mean, std):
 
     The true log-density sums over channels. We average, as Flow-GRPO does, so our log-ratio is the
     true one divided by C: a clip range of eps allows a true ratio of about 1 +- C * eps. The KL
-    below has the same 1/C. std: float > 0 or [B, 1, 1, 1].
+    below has the same 1/C. std: float > 0 or [B, 1, 1, 1], not [B].
     """
     squared_error = (sample.float() - mean.float()) ** 2
     log_std = torch.as_tensor(std).log()
@@ -489,7 +490,7 @@ class Trainer:
         parameters = self.transformer.parameters()
         if args.optimizer == "adamw":
             self.optimizer = torch.optim.AdamW(parameters, args.learning_rate, weight_decay=1e-4)
-        else:
+        elif args.optimizer == "adafactor":
             # eps[0] is a floor for the size of gradients: 1e-7 by default, but ours may be 1e-8.
             # With 1.0 for eps[1] a step is as long as AdamW's.
             self.optimizer = torch.optim.Adafactor(
@@ -539,9 +540,10 @@ class Trainer:
 
         # S steps in a row are stochastic. They are few, since each costs a forward and a backward
         # pass in the update, and early, since these decide what the image will show. The first
-        # one counts although its maps, of nearly pure noise, say little (README shows them).
-        last_first = args.last_stochastic_step - S + 1
-        first = torch.randint(last_first + 1, (), generator=generator).item()
+        # one counts although its maps, of nearly pure noise, say little (README shows them). For a
+        # fixed window set `first`; kl_weight in PRESETS is for early ones.
+        choices = args.last_stochastic_step - S + 2  # for the first one: 0, 1, ..., last - S + 1
+        first = torch.randint(choices, (), generator=generator).item()
         steps = range(first, first + S)
         recorded = [] if args.allocation == "uniform" else steps
 
@@ -566,15 +568,16 @@ class Trainer:
         core_tokens = self.core_tokens(prompts).repeat_interleave(copies, dim=0)
         size = self.args.batch_size
         batches = []
-        for start in range(0, len(noise), size):
-            part = slice(start, start + size)
-            x = noise[part].to(DEVICE)
-            prompt = (context[part], pooled[part])
-            with self.autocast:
+        # After `encode`, so that the text encoders and the EMA do not meet on the GPU.
+        with offload_models(policy.transformer, device=DEVICE), self.autocast:
+            for start in range(0, len(noise), size):
+                part = slice(start, start + size)
+                x = noise[part].to(DEVICE)
+                prompt = (context[part], pooled[part])
                 batch = rollout(
                     policy, x, prompt, steps, generator, recorded_steps, core_tokens[part]
                 )
-            batches.append(batch)
+                batches.append(batch)
         return batches
 
     @torch.no_grad()
@@ -677,9 +680,8 @@ class Trainer:
         model = self.ema.module if self.ema else self.transformer
         generator = torch.Generator().manual_seed(self.args.seed)
         noise = torch.randn(len(prompts), *self.shape, generator=generator)
-        with offload_models(model, device=DEVICE):
-            policy = self.policy(model, self.args.evaluation_steps)
-            return self.images_of(self.rollouts(policy, noise, prompts))
+        policy = self.policy(model, self.args.evaluation_steps)
+        return self.images_of(self.rollouts(policy, noise, prompts))
 
     def save_pipeline(self, folder):
         """Write a pipeline for plain diffusers, with the average of the weights if there is one."""
@@ -810,7 +812,7 @@ def make_parser():
     option("--steps", type=positive, default=10, help="T, denoising steps in training")
     option("--evaluation-steps", type=positive, default=10, help="denoising steps in evaluation")
     option("--stochastic-steps", type=positive, default=3, help="S, trained steps, in a row")
-    option("--last-stochastic-step", type=int, default=3, help="the last one that may be trained")
+    option("--last-stochastic-step", type=int, default=3, help="that may be trained, from 0")
     option("--noise-level", type=float, default=0.7, help="a, noise of a stochastic step")
     option("--guidance-scale", type=float, default=1.0, help="in training, too; 1 is none")
     option("--same-noise", action=switch, default=True, help="one noise for all images of a group")
@@ -864,7 +866,7 @@ def parse_arguments(argv=None):
 
     images = args.prompts_per_iteration * args.group_size
     divisor = args.batch_size * args.updates_per_iteration
-    if images % divisor != 0:
+    if images % divisor:
         sys.exit(
             f"{images} images (--prompts-per-iteration x --group-size) are no multiple of "
             f"{divisor} (--batch-size x --updates-per-iteration)"
@@ -879,7 +881,7 @@ def parse_arguments(argv=None):
             f"out of bounds: --group-size {args.group_size} (2 or more), --lam {args.lam} "
             f"(0 to 1) or --noise-level {args.noise_level} (above 0)"
         )
-    if args.height % 16 != 0:
+    if args.height % 16:
         sys.exit(f"--height is {args.height}, but must be a multiple of 16")
     return args
 
@@ -897,7 +899,7 @@ def read_history(folder, settings, resume):
             sys.exit(f"{folder} holds a run: use --resume or another --out")
         return []
     if not checkpoints(folder):
-        sys.exit(f"{folder} holds no checkpoint: leave out --resume, or use another --out")
+        sys.exit(f"{folder} holds no checkpoint: use another --out, or delete it")
     run = json.loads((checkpoints(folder)[-1] / "run.json").read_text())
     for name, value in settings.items():
         old = run["settings"].get(name)
@@ -948,7 +950,7 @@ def main(argv=None):
     task = make_task(args)
     heldout = task.heldout_prompts
     settings = vars(args) | {"prompts": task.prompts, "heldout_prompts": heldout}
-    folder = Path(args.out or f"runs/{args.task}-{args.allocation}-{args.seed}")
+    folder = Path(args.out or f"runs/{args.task.replace('/', '_')}-{args.allocation}-{args.seed}")
     history = read_history(folder, settings, args.resume)
     folder.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(args, task)

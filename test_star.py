@@ -957,12 +957,12 @@ MISTAKES = [
     ("--last-stochastic-step 4", "--last-stochastic-step 4, and this within --steps 4"),
     ("--last-stochastic-step 0", "--stochastic-steps 2 must fit before --last-stochastic-step 0"),
     ("--height 50", "--height is 50, but must be a multiple of 16"),
-    ("--reward-model tiny/ocr tiny/clip", "OCR takes 1 models: --reward-model"),
+    ("--reward-model tiny/ocr tiny/clip", "--reward-model: OCR takes 1"),
     ("--reward-model tiny/clip", "AutoModelForImageTextToText tiny/clip"),
     ("--task pickscore --reward-model tiny/ocr tiny/clip", "CLIPModel tiny/ocr"),
     ("--out IN/run", "IN/run holds a run: use --resume or another --out"),
     ("--out IN/started", "IN/started holds a run: use --resume or another --out"),
-    ("--out IN/started --resume", "holds no checkpoint: leave out --resume, or use another --out"),
+    ("--out IN/started --resume", "holds no checkpoint: use another --out, or delete it"),
     ("--out IN/run --resume --lam 1", "was run with other settings: its lam was 0.5"),
     ("--out IN/run --resume --prompts tiny/prompts/ocr_heldout.txt", "its prompts was ['a brown"),
 ]
@@ -1122,10 +1122,10 @@ def test_prompt_files(tmp_path):
 
 def test_evaluation_prompts_come_from_all_parts_of_a_file(tmp_path):
     file = tmp_path / "sorted.txt"
-    file.write_text("\n".join(f'a "{letter}"' for letter in "aaabbbcccddd"))
+    file.write_text("\n".join(f'a "{letter}"' for letter in "abcdefg"))
     options = ["--heldout-prompts", str(file), "--evaluation-prompts", "4", "--monitor", ""]
     task = make_task(star.parse_arguments(options))
-    assert task.heldout_prompts == ['a "a"', 'a "b"', 'a "c"', 'a "d"']
+    assert task.heldout_prompts == ['a "a"', 'a "b"', 'a "d"', 'a "f"']
 
 
 def test_generated_images_are_those_of_diffusers():
