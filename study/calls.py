@@ -12,10 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import star  # isort: skip  (the first, since it silences the libraries)
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-import star
 from rewards import make_task
 
 CALLS = [(1.0, 10), (3.0, 10), (3.0, 28), (7.0, 28)]  # guidance scale, steps
@@ -40,7 +40,7 @@ def generate(pipeline, prompts, guidance_scale, steps, seed):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--task", default="ocr", help="ocr, geneval or pickscore")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the noise")
+    parser.add_argument("--seeds", type=int, default=3, help="how many noises, seeded 0, 1, ...")
     parser.add_argument("models", nargs="+", help="folders of pipelines")
     args = parser.parse_args()
     task = make_task(star.parse_arguments(["--task", args.task, "--evaluation-prompts", "96"]))
@@ -52,7 +52,7 @@ def main():
         for guidance_scale, steps in CALLS:
             means = []
             strict = []
-            for seed in args.seeds:
+            for seed in range(args.seeds):
                 images = generate(pipeline, prompts, guidance_scale, steps, seed)
                 means.append(task.scores(images, prompts, "cpu").mean().item())
                 for name, value in task.report(images, prompts).items():
