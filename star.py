@@ -599,8 +599,7 @@ class Trainer:
         metrics = defaultdict(list)
         per_update = len(batches) // args.updates_per_iteration  # each image serves one update
         for i, A in enumerate(advantages.split(args.batch_size)):
-            if A.any():  # else there is nothing to learn from these images
-                self.add_gradient(batches[i], A, per_update, i < per_update, metrics)
+            self.add_gradient(batches[i], A, per_update, i < per_update, metrics)
             if (i + 1) % per_update == 0:
                 norm = torch.nn.utils.clip_grad_norm_(self.transformer.parameters(), max_norm=1.0)
                 if not norm.isfinite():
@@ -621,6 +620,8 @@ class Trainer:
             maps = torch.stack(batch.maps, dim=1)
             allocated = allocation_weights(maps, (H, W), args.allocation, args.lam)
             metrics["weight_peak"].append(allocated.amax((-2, -1)).mean())
+        if not A.any():
+            return  # there is nothing to learn from these images: the gradient is zero
         for j, k in enumerate(batch.steps):
             # How likely is the action that was taken, now? The rollout kept no graph.
             with self.autocast:
