@@ -69,14 +69,44 @@ TASKS = {
 }
 LOCATED_TASKS = ["writing", "objects"]  # the others are about the whole picture
 
-# Training runs: images and number of updates, and rewards that a run may reach.
+# Training runs: images of an update, number of updates, and rewards that a run may reach.
 EXPERIMENTS = {
-    "writing-8": {"task": "writing", "images": 8, "updates": 60, "goals": [0.7, 0.8, 0.9]},
-    "writing-24": {"task": "writing", "images": 24, "updates": 60, "goals": [0.7, 0.8, 0.9]},
-    "objects-24": {"task": "objects", "images": 24, "updates": 60, "goals": [0.6, 0.65, 0.7]},
-    "preference-8": {"task": "preference", "images": 8, "updates": 60, "goals": [14, 15, 16]},
-    "preference-24": {"task": "preference", "images": 24, "updates": 60, "goals": [14, 16, 18]},
-    "brightness-24": {"task": "brightness", "images": 24, "updates": 60, "goals": [0.6, 0.7, 0.8]},
+    "writing-8": {
+        "task": "writing",
+        "images": 8,
+        "updates": 80,
+        "goals": [0.7, 0.8, 0.9],
+    },
+    "writing-24": {
+        "task": "writing",
+        "images": 24,
+        "updates": 60,
+        "goals": [0.7, 0.8, 0.9],
+    },
+    "objects-24": {
+        "task": "objects",
+        "images": 24,
+        "updates": 60,
+        "goals": [0.55, 0.65, 0.75],
+    },
+    "preference-8": {
+        "task": "preference",
+        "images": 8,
+        "updates": 80,
+        "goals": [15, 17, 19],
+    },
+    "preference-24": {
+        "task": "preference",
+        "images": 24,
+        "updates": 60,
+        "goals": [16, 18, 20],
+    },
+    "brightness-24": {
+        "task": "brightness",
+        "images": 24,
+        "updates": 60,
+        "goals": [0.5, 0.52, 0.54],
+    },
 }
 RATES = [1e-4, 2e-4, 4e-4]
 TUNING_SEEDS = list(range(100, 104))
@@ -121,11 +151,11 @@ def kind_options(kind):
     return [f"--allocation={allocation}", f"--lam={lam}"]
 
 
-def load_trainer(options, task=None):
+def load_trainer(options):
     """star.Trainer on the CPU with these options of star.py."""
     star.DEVICE = "cpu"
     args = star.parse_arguments(options)
-    return star.Trainer(args, task or make_task(args))
+    return star.Trainer(args, make_task(args))
 
 
 def read_results(folder, name):
@@ -170,10 +200,12 @@ def run_jobs(function, jobs, title):
         initializer=torch.set_num_threads,
         initargs=(1,),
     )
-    with pool:
-        futures = {pool.submit(function, *job): job for job in jobs}
+    futures = {pool.submit(function, *job): job for job in jobs}
+    try:
         for future in tqdm(as_completed(futures), title, len(jobs)):
             yield futures[future], future.result()
+    finally:  # after an error or Ctrl-C, too
+        pool.shutdown(cancel_futures=True)
 
 
 # ----------------------------------------------------------------------------- Kinds of allocation
@@ -299,7 +331,7 @@ def estimate(trainer, index, kinds):
     for kind in kinds:
         allocation, lam = KINDS[kind]
         if kind == "uniform":
-            allocation, lam = "spatial", 0.0
+            allocation, lam = "spatial", 0.0  # w = 1
         maps = maps_of_kind(kind, batch, trainer.task, images)
         weights[kind] = star.allocation_weights(maps, trainer.shape[1:], allocation, lam)
 
@@ -371,15 +403,16 @@ def expected_rise(raw, estimates):
     return torch.stack([rise, squared_length])
 
 
-def relative_gain(of_kind, of_flow_grpo):
-    """(gain, its standard error) from two results of `expected_rise`.
+def relative_gain(ours, theirs):
+    """(gain, its standard error) from a kind's and Flow-GRPO's `expected_rise`.
 
     The error is the jackknife's: how much the gain varies when an estimate is left out.
     """
-    rise, squared_length = of_kind
-    flow_grpo_rise, flow_grpo_squared_length = of_flow_grpo
-    gains = rise / squared_length.sqrt()
-    gains = gains / (flow_grpo_rise / flow_grpo_squared_length.sqrt())
+    rise, squared_length = ours
+    per_length = rise / squared_length.sqrt()
+    rise, squared_length = theirs
+    per_length_of_flow_grpo = rise / squared_length.sqrt()
+    gains = per_length / per_length_of_flow_grpo
     without_each = gains[1:]
     N = len(without_each)
     error = math.sqrt((N - 1) * without_each.var(unbiased=False))
@@ -627,13 +660,18 @@ NOISES = 4  # images per held-out prompt
 def steps(experiment, kinds, count, results):
     """Measure what one update does to the reward, by its length and the kind of its direction.
 
-    It starts from a checkpoint of a run of each kind, after three tenths of its updates at 2e-4.
+    It starts from a checkpoint of a run of each kind, after a fifth of its updates at 2e-4.
     """
+    finished = read_results(results, STEPS)
     jobs = []
     for checkpoint_kind in kinds:
         about = {"experiment": experiment, "checkpoint": checkpoint_kind, "estimates": count}
-        if not is_finished(read_results(results, STEPS), about):
-            jobs.append((about, kinds))
+        missing = []
+        for direction_kind in kinds:
+            if not is_finished(finished, about | {"direction": direction_kind}):
+                missing.append(direction_kind)
+        if missing:
+            jobs.append((about, missing))
     for _, found in run_jobs(measure_steps, jobs, "lengths of a step"):
         for result in found:
             add_result(results, STEPS, result)
@@ -645,7 +683,7 @@ def measure_steps(about, direction_kinds):
     kind = about["checkpoint"]
     folder = WORK / f"steps-{about['experiment']}-{kind}"
     run = {"experiment": about["experiment"], "kind": kind, "rate": 2e-4, "seed": 100}
-    train_kind(run, 3 * experiment["updates"] // 10, folder)
+    train_kind(run, experiment["updates"] // 5, folder)
 
     options = task_options(experiment["task"], experiment["images"])
     options += ["--allocation=spatial", f"--evaluation-prompts={STEP_PROMPTS}", "--seed=2000"]
@@ -893,13 +931,12 @@ def print_runs(experiment, table):
     columns["reward at half of Flow-GRPO's last KL"] = (reward_at_kl, difference)
     print_comparison(experiment, table, columns)
 
+    names = ["kl all", "change all"]
+    if EXPERIMENTS[experiment]["task"] in LOCATED_TASKS:
+        names += ["kl inside", "kl outside", "change inside", "change outside"]
     columns = {}
-    for name in ["kl all", "kl inside", "kl outside"]:
+    for name in names:
         columns[name] = (partial(distance_at_goal, name), ratio)
-    for name in ["change all", "change inside", "change outside"]:
-        columns[name] = (partial(distance_at_goal, name), ratio)
-    if EXPERIMENTS[experiment]["task"] not in LOCATED_TASKS:
-        columns = {name: columns[name] for name in ["kl all", "change all"]}
     print_comparison(f"{experiment}, for reward {goals[1]}", table, columns)
 
 
@@ -1032,9 +1069,8 @@ def figure(kind, seeds, results, save):
 
 def draw_gains(results, kind):
     """First-order gain against the share of the picture, with own maps and with the oracle."""
-    results = [
-        result for result in results if result["subject"] != "objects"
-    ]  # its groups are there
+    # The groups of objects are shown, not all objects together.
+    results = [result for result in results if result["subject"] != "objects"]
     lowest, highest = gain_range(results, [kind, "oracle"])
     chart = Chart(
         x_range=(0, 1.1),
@@ -1367,19 +1403,33 @@ def areas_of_words(trainer, words):
 
 # ------------------------------------------------------------------------------------ The commands
 def everything(kind, count, results, save):
-    """Make what study/RESULTS.md reports and is not there yet: gains, runs, steps, figure."""
+    """Make what study/RESULTS.md reports and is not there yet: gains, runs, steps, figure.
+
+    What is most useful comes first. After an interruption the same command goes on.
+    """
     both = ["uniform", kind]
-    others = [each for each in KINDS if each not in both]
+    controls = [each for each in KINDS if each not in both]
     gain(list(SUBJECTS), count, results)
     plan = [
         ("writing-8", both, [2e-4], FRESH_SEEDS),
         ("writing-8", both, [1e-4, 4e-4], FRESH_SEEDS),
+        ("writing-8", controls, [2e-4], FRESH_SEEDS),
         ("objects-24", both, [2e-4], FRESH_SEEDS),
         ("preference-24", both, [2e-4], FRESH_SEEDS),
-        ("writing-8", others, [2e-4], FRESH_SEEDS),
+        ("brightness-24", both, [2e-4], FRESH_SEEDS),
     ]
     train(plan, results)
     steps("writing-8", both, 40, results)
+    plan = [
+        ("objects-24", both, RATES, FRESH_SEEDS),
+        ("preference-24", both, RATES, FRESH_SEEDS),
+        ("preference-8", both, RATES, FRESH_SEEDS),
+        ("writing-24", both, RATES, FRESH_SEEDS),
+        ("brightness-24", both, RATES, FRESH_SEEDS),
+    ]
+    for experiment in EXPERIMENTS:
+        plan.append((experiment, both, [2e-4], TUNING_SEEDS))
+    train(plan, results)
     compare(list(EXPERIMENTS), FRESH_SEEDS, results)
     figure(kind, FRESH_SEEDS, results, save)
 
