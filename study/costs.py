@@ -21,6 +21,10 @@ from pathlib import Path
 from statistics import median
 from unittest.mock import patch
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tiny"))
+import star  # isort: skip  (the first, since it silences the libraries)
+import build
 import diffusers
 import torch
 import torch.nn.functional as F
@@ -31,11 +35,6 @@ from torch.utils._pytree import tree_iter
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tiny"))
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import build
-
-import star
 from rewards import Task
 
 ALLOCATIONS = ["uniform", "spatial"]
@@ -210,9 +209,25 @@ class LiveBytes(TorchDispatchMode):
     @contextmanager
     def visit(self, *modules, device):
         """In place of diffusers' offload_models: what waits is on the device within the block."""
-        self.place(tensors_of(*modules), on_device=True)
+        waiting = []
+        for tensor in tensors_of(*modules):
+            if self.bytes.get(tensor.untyped_storage()._cdata, 0) == 0:
+                waiting.append(tensor)
+        self.place(waiting, on_device=True)
         yield
-        self.place(tensors_of(*modules), on_device=False)
+        self.place(waiting, on_device=False)
+
+
+PHASES = [
+    "encode",
+    "rollout",
+    "reference",
+    "decode",
+    "update",
+    "optimizer",
+    "evaluation, encode",
+    "evaluation",
+]
 
 
 class NoReward(Task):
@@ -222,21 +237,21 @@ class NoReward(Task):
 
 
 def encode_as_many(count):
-    """star.encode of `count` prompts, of which it returns only the first ones."""
+    """star.encode of `count` prompts, of which it returns as many as it is given."""
+    star_encode = star.encode
 
     def encode(pipe, prompts, max_sequence_length):
         context, pooled = star_encode(pipe, NoReward.prompts * count, max_sequence_length)
         return context[: len(prompts)], pooled[: len(prompts)]
 
-    star_encode = star.encode
     return encode
 
 
 def count_iteration(args, live):
-    """Count the peaks of an iteration of star.py, not the first, and of an evaluation.
+    """Count the peaks of an evaluation of star.py and of the iteration after it, not the first.
 
-    Two batches of an update and a step of the evaluation suffice. Returns the Trainer and the
-    Rollouts of the iteration.
+    For the peaks two batches of each update and one step of the evaluation suffice. Returns the
+    Trainer and the Rollouts of the iteration.
     """
     images = args.prompts_per_iteration * args.group_size
     few = copy.copy(args)
@@ -250,33 +265,34 @@ def count_iteration(args, live):
         live.place(text_tensors(pipe), on_device=False)
         live.place(tensors_of(trainer.ema, trainer.reference), on_device=False)
         begin_second_iteration(trainer)
-        trainer.optimizer.register_step_pre_hook(lambda *_: setattr(live, "phase", "optimizer"))
-        trainer.optimizer.register_step_post_hook(lambda *_: setattr(live, "phase", "update"))
+        trainer.add_reference_means = live.in_phase("reference", trainer.add_reference_means)
+        trainer.optimizer.step = live.in_phase("optimizer", trainer.optimizer.step)
         pipe.image_processor.postprocess = lambda images: [None] * len(images)
         live.peaks.clear()
 
-        live.phase = "rollout"
-        encode = live.in_phase("encode", encode_as_many(args.prompts_per_iteration))
-        add_means = live.in_phase("reference", trainer.add_reference_means)
-        with patch.object(star, "encode", encode):
-            with patch.object(trainer, "add_reference_means", add_means):
-                prompts, batches = trainer.sample(1)
-        live.phase = "decode"
-        trainer.images_of(batches)
-        live.phase = "update"
-        trainer.update(batches, torch.ones(len(prompts)))
         live.phase = "evaluation"
         encode = live.in_phase("evaluation, encode", encode_as_many(args.evaluation_prompts))
         with patch.object(star, "encode", encode):
             trainer.generate(NoReward.prompts * args.batch_size)
+        live.phase = "rollout"
+        encode = live.in_phase("encode", encode_as_many(args.prompts_per_iteration))
+        with patch.object(star, "encode", encode):
+            prompts, batches = trainer.sample(1)
+        live.phase = "decode"
+        trainer.images_of(batches)
+        live.phase = "update"
+        trainer.update(batches, torch.ones(len(prompts)))
     return trainer, batches
 
 
 def begin_second_iteration(trainer):
-    """Give the optimizer the state that it has after the first iteration."""
-    group = trainer.optimizer.param_groups[0]
-    if trainer.args.optimizer == "adamw" and group["fused"] is None and group["foreach"] is None:
-        group["foreach"] = True  # torch's choice on a GPU: quick, but it needs more memory
+    """Give the optimizer its form on a GPU, and the state that it has after the first iteration."""
+    if trainer.args.optimizer == "adamw":
+        group = trainer.optimizer.param_groups[0]
+        if group["fused"] is not None:
+            group["fused"] = True  # star.py asks for it if there is a GPU
+        elif group["foreach"] is None:
+            group["foreach"] = True  # torch's default there: roots of all second moments at once
     for weight in trainer.transformer.parameters():
         weight.grad = torch.zeros_like(weight)
     trainer.optimizer.step()
@@ -293,6 +309,14 @@ def float_layer_norm(x, *args):
 def falling(tensor):
     """Numbers from 1 to almost 0, like the sigmas of a schedule."""
     return [1 - k / len(tensor) for k in range(len(tensor))]
+
+
+def copy_of_fake(tensor, memo):
+    """A copy within the same FakeTensorMode, which copy.deepcopy would copy, too."""
+    copied = tensor.detach().clone()
+    if isinstance(tensor, torch.nn.Parameter):
+        copied = torch.nn.Parameter(copied)
+    return copied
 
 
 def count_fake_iteration(args, make):
@@ -316,6 +340,7 @@ def count_fake_iteration(args, make):
         "__bool__": lambda tensor: True,
         "__index__": lambda tensor: 0,
         "tolist": falling,
+        "__deepcopy__": copy_of_fake,
     }
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
@@ -330,21 +355,8 @@ def count_fake_iteration(args, make):
     return live, trainer, batches
 
 
-def memory(options):
-    """Count the peak memory of each phase of an iteration of star.py, without a GPU.
-
-    star.py runs with the real shapes and with tensors that have no content, and we count their
-    bytes. Not counted are the models of the reward, what CUDA itself takes (about half a GiB), the
-    working space of kernels, and gaps between tensors. Options of star.py but --model may follow.
-    """
-    with patch.object(
-        star.SD3Transformer2DModel, "load_config", lambda *_, **__: {"sample_size": 64}
-    ):
-        args = star.parse_arguments(["--bfloat16", *options.more])
-    make = functools.partial(make_pipeline, options.shapes, args.t5, args.bfloat16)
-    live, trainer, batches = count_fake_iteration(args, make)
-
-    # Of the images that were not counted we add what is kept of their rollouts.
+def add_other_images(args, live, trainer, batches):
+    """{phase: peak in GiB}, with what is kept of the rollouts that were not counted."""
     images = args.prompts_per_iteration * args.group_size
     counted = trainer.args.group_size
     kept = size_of([vars(batch) for batch in batches]) / counted
@@ -352,35 +364,51 @@ def memory(options):
     prompt = size_of([batch.prompt for batch in batches]) / counted
     kept_to_evaluate = prompt + latents * (args.evaluation_steps + 1)
     peaks = {}
-    for phase, peak in live.peaks.items():
-        peaks[phase] = peak / GIB
+    for phase in PHASES:
+        peaks[phase] = live.peaks[phase] / GIB
         if phase == "evaluation":
-            peaks[phase] += kept_to_evaluate * args.evaluation_prompts
-        elif "encode" not in phase:
+            peaks[phase] += kept_to_evaluate * (args.evaluation_prompts - args.batch_size)
+        elif "encode" not in phase:  # while prompts are encoded there are no rollouts
             peaks[phase] += kept * (images - counted)
-    print(f"{options.shapes}, {args.height} pixels, {images} images. GPU memory, GiB:")
-    for phase, peak in peaks.items():
-        print(f"{peak:8.2f}  {phase}")
-    print_waiting_and_saved(trainer)
+    return peaks
 
 
-def print_waiting_and_saved(trainer):
-    """Main memory and files, in GiB."""
+def waiting_and_saved(trainer):
+    """{row of the table: GiB} of main memory and files."""
     pipe = trainer.pipe
     transformer = size_of(tensors_of(pipe.transformer))
     text = size_of(text_tensors(pipe))
     vae = size_of(tensors_of(pipe.vae))
     ema = size_of(tensors_of(trainer.ema))
+    reference = size_of(tensors_of(trainer.reference))
     optimizer = size_of(trainer.optimizer.state_dict()["state"])
-    waiting = text + ema + size_of(tensors_of(trainer.reference))
-    # A file that is written is in main memory as a whole, and the EMA is there anyway.
-    rows = {
+    waiting = text + ema + reference
+    return {
         "main memory while loading": transformer + text + vae,
         "main memory in training": waiting,
-        "main memory while a checkpoint is written": waiting + max(transformer, optimizer),
+        # All of a file is copied there. The EMA is there anyway.
+        "main memory at a checkpoint": waiting + max(transformer, optimizer),
         "disk, a checkpoint": transformer + ema + optimizer,
         "disk, the trained pipeline": transformer + text + vae,
     }
+
+
+def memory(options):
+    """Count the peak memory of each phase of an iteration of star.py, without a GPU.
+
+    star.py runs with the real shapes and with tensors that have no content, and we count their
+    bytes. Not counted are the models of the reward, what CUDA itself takes (about half a GiB), the
+    working space of kernels, and gaps between tensors. Options of star.py but --model may follow.
+    """
+    config = {"sample_size": 64}
+    with patch.object(star.SD3Transformer2DModel, "load_config", lambda *_, **__: config):
+        args = star.parse_arguments(["--bfloat16", *options.more])
+    make = functools.partial(make_pipeline, options.shapes, args.t5, args.bfloat16)
+    live, trainer, batches = count_fake_iteration(args, make)
+    rows = add_other_images(args, live, trainer, batches)
+    rows |= waiting_and_saved(trainer)
+    images = args.prompts_per_iteration * args.group_size
+    print(f"{options.shapes}, {args.height} pixels, {images} images, GiB:")
     for name, size in rows.items():
         print(f"{size:8.2f}  {name}")
 
@@ -391,12 +419,10 @@ def time_iteration(trainer, clock, allocation):
     on_gpu = star.DEVICE == "cuda"
     seconds = {}
 
-    def timed(name):
-        method = getattr(trainer, name)
-
+    def timed(name, function):
         def call(*inputs):
             begin = clock()
-            result = method(*inputs)
+            result = function(*inputs)
             if on_gpu:
                 torch.cuda.synchronize()
             seconds[name] = clock() - begin
@@ -404,17 +430,23 @@ def time_iteration(trainer, clock, allocation):
 
         return call
 
+    def update_by_all(batches, advantages):
+        """Images without an advantage, of which there may be many, would take no time."""
+        return update(batches, torch.linspace(-1, 1, len(advantages)).to(advantages))
+
+    update = trainer.update
     trainer.args.allocation = allocation
+    trainer.optimizer.param_groups[0]["lr"] = 0.0  # so that each iteration has the same model
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    iterate = timed("iterate")
-    with patch.multiple(trainer, sample=timed("sample"), update=timed("update")):
-        iterate(1)
+    phases = {"sample": timed("sample", trainer.sample), "update": timed("update", update_by_all)}
+    with patch.multiple(trainer, **phases):
+        timed("iteration", trainer.iterate)(1)
     rows = {
         "sample, seconds": seconds["sample"],
-        "score, seconds": seconds["iterate"] - seconds["sample"] - seconds["update"],
+        "score, seconds": seconds["iteration"] - seconds["sample"] - seconds["update"],
         "update, seconds": seconds["update"],
-        "iterate, seconds": seconds["iterate"],
+        "iteration, seconds": seconds["iteration"],
     }
     if on_gpu:
         rows["peak GPU memory, GiB"] = torch.cuda.max_memory_allocated() / GIB
@@ -548,7 +580,7 @@ def benchmark(options):
         sampled += args.stochastic_steps
     updated = args.stochastic_steps * (3 if args.guidance_scale == 1 else 2)
     amounts = {  # by the seconds
-        "images per second": ("iterate", images),
+        "images per second": ("iteration", images),
         "sample, FLOP utilisation": ("sample", images * sampled * forward / speed),
         "update, FLOP utilisation": ("update", images * updated * forward / speed),
     }
@@ -626,7 +658,7 @@ class FlowGRPO:
         sample = {
             "latents": torch.stack(batch.latents[:-1], dim=1),
             "next_latents": torch.stack(batch.latents[1:], dim=1),
-            "timesteps": pipe.scheduler.timesteps.expand(len(pooled), -1)[: len(batch.latents[0])],
+            "timesteps": pipe.scheduler.timesteps.expand(len(batch.latents[0]), -1),
         }
         _, log_prob, _, _ = self.module.compute_log_prob(
             pipe.transformer, pipe, sample, k, context, pooled, self.config()
@@ -665,9 +697,10 @@ def gradient_of(model):
 
 def compare_last_update(trainer, theirs, updates):
     """Compare the gradients of the last of these updates of a rollout. Returns a sentence."""
-    trainer.args.updates_per_iteration = updates
-    trainer.args.batch_size = 24 // updates
+    args = trainer.args
     model = trainer.transformer
+    args.updates_per_iteration = updates
+    args.batch_size = args.prompts_per_iteration * args.group_size // updates
     prompts, batches = trainer.sample(1)
     advantages = torch.linspace(-1, 1, len(prompts))
     with torch.no_grad():  # by the weights that sampled
@@ -686,14 +719,14 @@ def compare_last_update(trainer, theirs, updates):
     hook.remove()
     weights, ours = moments[-1]
     model.load_state_dict(weights)  # those of the last gradient
-    ratios = theirs.add_gradient(last, advantages[-trainer.args.batch_size :])
+    ratios = theirs.add_gradient(last, advantages[-args.batch_size :])
     gradient = gradient_of(model)
     trainer.optimizer.zero_grad()
     cosine = F.cosine_similarity(ours, gradient, dim=0)
     norms = ours.norm() / gradient.norm()
-    outside = (ratios - 1).abs() > trainer.args.clip_range
+    outside = (ratios - 1).abs() > args.clip_range
     return (
-        f"update {updates}: cosine {cosine:.6f}, norm / theirs {norms:.6f}, ratios "
+        f"update {updates} of {updates}: cosine {cosine:.6f}, norm / theirs {norms:.6f}, ratios "
         f"{ratios.min():.4f} to {ratios.max():.4f}, {outside.float().mean():.0%} out of clip range"
     )
 
@@ -706,7 +739,8 @@ def against_flow_grpo(options):
     10 steps of which 3 are trained, guidance 4.5. They decode while they sample.
     """
     torch.set_num_threads(1)
-    args = star.parse_arguments(["--allocation", "uniform", "--ema-decay", "0"])
+    settings = "--allocation uniform --ema-decay 0 --clip-range 1e-4"  # their clip range
+    args = star.parse_arguments(settings.split())
     trainer = star.Trainer(args, star.make_task(args))
     trainer.pipe.set_progress_bar_config(disable=True)
     theirs = FlowGRPO(options.flow_grpo, trainer)
@@ -735,29 +769,40 @@ def against_flow_grpo(options):
 
 # -------------------------------------------------------------------------------------------- Main
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    parser = argparse.ArgumentParser(description="What training costs.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def add_command(function):
-        name = function.__name__.replace("_", "-")
-        command = commands.add_parser(
-            name,
-            help=function.__doc__.split("\n")[0],
-            description=textwrap.dedent(function.__doc__),
-        )
-        command.set_defaults(function=function)
-        return command
-
-    command = add_command(memory)
+    command = commands.add_parser(
+        "memory", help="count memory, without a GPU", description=memory.__doc__
+    )
+    command.set_defaults(function=memory)
     command.add_argument("--shapes", choices=TRANSFORMERS, default="sd3.5-medium")
-    command = add_command(overhead)
+
+    command = commands.add_parser(
+        "overhead", help="what allocation adds", description=overhead.__doc__
+    )
+    command.set_defaults(function=overhead)
     command.add_argument("--repeats", type=star.positive, default=5, help="default: 5")
-    command = add_command(benchmark)
+
+    command = commands.add_parser(
+        "benchmark", help="time iterations on this machine", description=benchmark.__doc__
+    )
+    command.set_defaults(function=benchmark)
     command.add_argument("--repeats", type=star.positive, default=5, help="default: 5")
-    command = add_command(against_flow_grpo)
+
+    command = commands.add_parser(
+        "against-flow-grpo",
+        help="compare with flow_grpo's functions",
+        description=against_flow_grpo.__doc__,
+    )
+    command.set_defaults(function=against_flow_grpo)
     command.add_argument("--flow-grpo", type=Path, required=True, help="folder of a clone")
     command.add_argument("--repeats", type=star.positive, default=5, help="default: 5")
-    command = add_command(full_size)
+
+    command = commands.add_parser(
+        "full-size", help="save a pipeline to benchmark", description=full_size.__doc__
+    )
+    command.set_defaults(function=full_size)
     command.add_argument("--save", type=Path, required=True, help="a new folder")
     command.add_argument("--no-t5", dest="t5", action="store_false", help="without T5")
 
