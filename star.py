@@ -489,7 +489,9 @@ class Trainer:
 
         parameters = self.transformer.parameters()
         if args.optimizer == "adamw":
-            self.optimizer = torch.optim.AdamW(parameters, args.learning_rate, weight_decay=1e-4)
+            self.optimizer = torch.optim.AdamW(
+                parameters, args.learning_rate, weight_decay=1e-4, fused=DEVICE == "cuda"
+            )
         elif args.optimizer == "adafactor":
             # eps[0] is a floor for the size of gradients: 1e-7 by default, but ours may be 1e-8.
             # With 1.0 for eps[1] a step is as long as AdamW's.
@@ -764,7 +766,6 @@ PRESETS = {
         "prompts_per_iteration": 8,
         "batch_size": 8,
         "iterations": 500,
-        "evaluate_every": 20,
     },
 }
 
@@ -977,7 +978,7 @@ def main(argv=None):
                 write_folder(folder / "pipeline", trainer.save_pipeline)
         lines = [json.dumps(line) + "\n" for line in history]
         (folder / "metrics.jsonl").write_text("".join(lines))
-        if is_evaluated and iteration > 0:
+        if is_evaluated and iteration:
             write_folder(folder / f"checkpoint/{iteration:06}", trainer.save, settings, history)
             for older in checkpoints(folder)[:-1]:
                 shutil.rmtree(older)
