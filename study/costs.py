@@ -273,7 +273,7 @@ def count_iteration(args, live):
         live.phase = "evaluation"
         encode = live.in_phase("evaluation, encode", encode_as_many(args.evaluation_prompts))
         with patch.object(star, "encode", encode):
-            trainer.generate(NoReward.prompts * args.batch_size)
+            trainer.generate(NoReward.prompts * min(args.batch_size, args.evaluation_prompts))
         live.phase = "rollout"
         encode = live.in_phase("encode", encode_as_many(args.prompts_per_iteration))
         with patch.object(star, "encode", encode):
@@ -356,18 +356,21 @@ def count_fake_iteration(args, make):
 
 
 def add_other_images(args, live, trainer, batches):
-    """{phase: peak in GiB}, with what is kept of the rollouts that were not counted."""
+    """{phase: peak in GiB}, with what is kept of the rollouts and steps that were not counted."""
     images = args.prompts_per_iteration * args.group_size
     counted = trainer.args.group_size
-    kept = size_of([vars(batch) for batch in batches]) / counted
-    latents = size_of(batches[0].latents[0]) / args.batch_size
+    kept = size_of([vars(batch) for batch in batches]) / counted  # of an image
+    latents = size_of(batches[0].latents[1]) / args.batch_size  # the first share their noise
     prompt = size_of([batch.prompt for batch in batches]) / counted
-    kept_to_evaluate = prompt + latents * (args.evaluation_steps + 1)
+    # An evaluation keeps the latents of each step and, without steps that are trained, no more.
+    in_evaluation = args.evaluation_prompts * (prompt + latents * (args.evaluation_steps + 1))
+    first_batch = min(args.batch_size, args.evaluation_prompts)
+    counted_there = first_batch * (prompt + latents * (trainer.args.evaluation_steps + 1))
     peaks = {}
     for phase in PHASES:
         peaks[phase] = live.peaks[phase] / GIB
         if phase == "evaluation":
-            peaks[phase] += kept_to_evaluate * (args.evaluation_prompts - args.batch_size)
+            peaks[phase] += in_evaluation - counted_there
         elif "encode" not in phase:  # while prompts are encoded there are no rollouts
             peaks[phase] += kept * (images - counted)
     return peaks

@@ -62,6 +62,7 @@ def test_live_bytes_by_hand():
             with live.visit(layer, device="cpu"):  # it is there already
                 pass
             assert live.total == 4 * (500 + 100)
+        torch.zeros(1)  # does not lower the peak
         assert live.total == 4 * 500
         assert len(other) == 500  # alive until here
     assert live.peaks["work"] == 4 * (100 + 1000 + 500)
@@ -111,6 +112,24 @@ def test_images_that_are_not_counted_are_added():
     all_counted = costs.add_other_images(*fake_counts(f"{options} --updates-per-iteration 2"))
     half_counted = costs.add_other_images(*fake_counts(options))
     assert half_counted == pytest.approx(all_counted, rel=0.003)
+
+
+def test_images_of_an_evaluation_that_are_not_counted_are_added():
+    """Against the rollouts of a real evaluation of 6 prompts in 5 steps, of which a batch of two
+    prompts and one step are counted."""
+    options = "--evaluation-prompts 6 --evaluation-steps 5"
+    args, live, trainer, batches = fake_counts(options)
+    peaks = costs.add_other_images(args, live, trainer, batches)
+    real = star.Trainer(args, costs.NoReward())
+
+    def kept(prompts, steps):
+        noise = torch.zeros(prompts, *real.shape)
+        policy = real.policy(real.transformer, steps)
+        rollouts = real.rollouts(policy, noise, costs.NoReward.prompts * prompts)
+        return costs.size_of([vars(rollout) for rollout in rollouts])
+
+    added = peaks["evaluation"] - live.peaks["evaluation"] / GIB
+    assert added == pytest.approx(kept(6, 5) - kept(2, 1))
 
 
 def test_what_allocation_adds_to_an_iteration(monkeypatch):
