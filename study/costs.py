@@ -368,6 +368,8 @@ def add_other_images(args, live, trainer, batches):
     counted_there = first_batch * (prompt + latents * (trainer.args.evaluation_steps + 1))
     peaks = {}
     for phase in PHASES:
+        if phase not in live.peaks:
+            continue  # without a KL penalty there is no reference
         peaks[phase] = live.peaks[phase] / GIB
         if phase == "evaluation":
             peaks[phase] += in_evaluation - counted_there
@@ -386,10 +388,13 @@ def waiting_and_saved(trainer):
     reference = size_of(tensors_of(trainer.reference))
     optimizer = size_of(trainer.optimizer.state_dict()["state"])
     waiting = text + ema + reference
+    copied = 0
+    if trainer.ema:  # its update copies all weights to main memory
+        copied = size_of(list(trainer.transformer.parameters()))
     return {
         "main memory while loading": transformer + text + vae,
-        "main memory in training": waiting,
-        # All of a file is copied there. The EMA is there anyway.
+        "main memory in training": waiting + copied,
+        # A file is copied to main memory as a whole. The EMA is there anyway.
         "main memory at a checkpoint": waiting + max(transformer, optimizer),
         "disk, a checkpoint": transformer + ema + optimizer,
         "disk, the trained pipeline": transformer + text + vae,
