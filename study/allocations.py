@@ -29,6 +29,8 @@ import build
 import torch
 from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw, ImageFont, ImageStat
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import avg_pool2d
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
@@ -479,11 +481,23 @@ def save_estimates(subject, indices, folder):
         kinds.remove("oracle")
     trainer = subject_trainer(subject)
     for index in indices:
-        file = folder / f"{index:05}.pt"
+        file = folder / f"{index:05}.safetensors"
         if not file.exists():
             partial = file.with_suffix(".partial")
-            torch.save(estimate(trainer, index, kinds), partial)
+            write_estimate(estimate(trainer, index, kinds), partial)
             partial.rename(file)
+
+
+def write_estimate(made, file):
+    about = {"steps": made["steps"], "share": made["share"]}
+    save_file(made["gradients"], file, metadata={"about": json.dumps(about)})
+
+
+def read_estimate(file):
+    """What `estimate` returned. Its gradients stay on the disk until they are needed."""
+    with safe_open(file, framework="pt") as opened:
+        about = json.loads(opened.metadata()["about"])
+    return about | {"gradients": load_file(file)}
 
 
 def gain(subjects, count, results):
@@ -503,8 +517,8 @@ def gain(subjects, count, results):
             jobs.append((subject, indices, folder))
         for _ in run_jobs(save_estimates, jobs, f"estimates: {subject}"):
             pass
-        files = [folder / f"{index:05}.pt" for index in range(1, count + 1)]
-        estimates = [torch.load(file, mmap=True) for file in files]  # they stay on the disk
+        files = [folder / f"{index:05}.safetensors" for index in range(1, count + 1)]
+        estimates = [read_estimate(file) for file in files]
         shares = [each["share"] for each in estimates if each["share"] is not None]
         result = about | {
             "share": statistics.mean(shares),
