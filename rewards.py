@@ -597,16 +597,16 @@ def read_records(file):
             continue
         where = f"{file}, line {number}"
         record = {"prompt": line}
-        if line.startswith(("{", "[")):
+        if line[0] in "{[":
             try:
                 record = json.loads(line)
                 record["prompt"] = record["prompt"].strip()
             except (ValueError, TypeError, KeyError, AttributeError):
                 sys.exit(f"{where} must be a JSON object with a prompt, not {line[:200]}")
-        elif "\t" in line or '""' in line or '\\"' in line:
+        elif Path(file).suffix != ".txt" or re.search(r'\t|""|\\"', line):
             sys.exit(
-                f"{where} looks like a table: {line[:200]}. A prompt file has one prompt per line, "
-                "or JSON lines with a prompt each"
+                f"{where} looks like a table or a list: {line[:200]}. A prompt file (.txt) has one "
+                "prompt per line, or JSON lines with a prompt each"
             )
         record["where"] = where
         records.append(record)
