@@ -944,7 +944,7 @@ MISTAKES = [
     ("--prompts IN/empty.txt", "empty.txt is empty; it needs one prompt per line"),
     ("--prompts IN/unquoted.txt", "line 3: it has no text between straight double quotes: a ball"),
     ("--prompts IN/few.txt", "there are 1 training prompts, fewer than --prompts-per-iteration"),
-    ("--prompts IN/table.tsv", "line 1 looks like a table: Prompt\tCategory"),
+    ("--prompts IN/table.tsv", "line 1 looks like a table or a list: Prompt\tCategory"),
     ("--heldout-prompts IN/table.csv", "line 1 looks like a table or a list: prompt,"),
     ("--prompts IN/escaped.txt", "line 1 looks like a table"),
     ("--prompts IN/list.json", "line 1 must be a JSON object with a prompt, not ["),
