@@ -585,7 +585,7 @@ class Mixture(Task):
 
 
 def read_records(file):
-    """The records of a prompt file: one prompt a line, or JSON lines with a prompt each."""
+    """The records of a prompt file: one prompt a line (.txt), or JSON lines with a prompt each."""
     try:
         lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -605,8 +605,8 @@ def read_records(file):
                 sys.exit(f"{where} must be a JSON object with a prompt, not {line[:200]}")
         elif Path(file).suffix != ".txt" or re.search(r'\t|""|\\"', line):
             sys.exit(
-                f"{where} looks like a table or a list: {line[:200]}. A prompt file (.txt) has one "
-                "prompt per line, or JSON lines with a prompt each"
+                f"{where} is no plain prompt of a .txt file: {line[:200]}. A prompt file has one "
+                "prompt per line, no header, no columns (.txt), or JSON lines with a prompt each"
             )
         record["where"] = where
         records.append(record)

@@ -358,15 +358,15 @@ def allocation_weights(maps, size, allocation="spatiotemporal", lam=0.5):
     Where nothing attends to core words (a prompt may have none), w = 1. size: (H, W).
 
     Why can it help? Positions that do not affect the reward add noise to the gradient, but no
-    signal. So the gain is at most that of the true region, and is seen where steps are small. On
-    the miniature it is large where the reward is about a small part of the picture (writing), and
-    below 1 where it is about all of it. Unequal weights also bias the gradient: the unbiased one
-    uses the same A everywhere.
+    signal. So an update gains at most what it would with the true region as map, and this is seen
+    where steps are small. On the miniature it gains more than Flow-GRPO's where the reward is about
+    a small part of the picture (writing), and less where it is about all of it. Unequal weights
+    also bias the gradient: the unbiased one uses the same A everywhere.
 
-    Which lam? 0.5 leaves half of the advantage everywhere. It gained more than 1 in all three tasks
-    but writing, where they were equal. lam = 0 has Flow-GRPO's gradient in the first update.
-    `weight_peak` in the metrics, the mean of each map's largest weight, says how uneven the weights
-    are: near 1 they change nothing.
+    Which lam? 0.5 leaves half of the advantage everywhere. On the miniature it gained as much as
+    lam = 1 for writing, and more for objects and preference. lam = 0 has Flow-GRPO's gradient in
+    the first update. `weight_peak` in the metrics, the mean of each map's largest weight, says how
+    uneven the weights are: near 1 they change nothing.
     """
     # Each token's value goes to its 2 x 2 positions. `interpolate` takes S for channels.
     maps = F.interpolate(maps.float(), size=size, mode="nearest")
@@ -793,7 +793,7 @@ def make_parser():
     )
     option("--model", default=f"{HERE}/tiny/sd3", help="folder or hub name of an SD3 pipeline")
     option("--reward-model", nargs="+", help="models that score instead of the task's own")
-    option("--prompts", help="file with one training prompt per line; each task has its own")
+    option("--prompts", help="file (.txt) with one training prompt per line; each task has its own")
     option("--heldout-prompts", help="the same for evaluation")
     option("--out", help="output folder; runs/TASK-ALLOCATION-SEED if not given")
     option("--resume", action="store_true", help="continue the run in the output folder")
@@ -939,10 +939,11 @@ def draw_samples(images, rewards, prompts):
 def show_prompts(trainer):
     """Say what is trained, and how many prompts have no core words within the limit of tokens."""
     prompts = trainer.task.prompts
-    words = [prompts[0][start:end] for start, end in trainer.task.core_spans(prompts[0])]
+    first = prompts[0]
+    words = [first[start:end] for start, end in trainer.task.core_spans(first)]
     without = (~trainer.core_tokens(prompts).any(dim=1)).sum()
     print(
-        f"{len(prompts)} training prompts. The first: {prompts[0]} (core words: {words})\n"
+        f"{len(prompts)} training prompts. The first: {first} (core words: {words})\n"
         f"{without} have no core words among their tokens: they train as with --lam 0"
     )
 

@@ -900,18 +900,19 @@ def inputs(finished, tmp_path_factory):
         "empty.txt": "\n \n",
         "unquoted.txt": 'a "B"\n\na ball\na box\n',
         "few.txt": 'a "B"\n',
-        "table.tsv": 'Prompt\tCategory\na sign "B"\tsigns\n',
-        "table.csv": 'prompt,text\n"a white sign ""K7Q"" and a ball",K7Q\n',
+        "header.csv": "Prompts,Category\na red ball,colours\n",
+        "tabs.txt": 'Prompt\tCategory\na sign "B"\tsigns\n',
+        "doubled.txt": '"a white sign ""K7Q"" and a ball",K7Q\n',
         "escaped.txt": 'a sign \\"K7Q\\"\n',
         "list.json": '[\n"a ball"\n]',
         "broken.jsonl": '{"prompt": "a sign',
-        "single.safetensors": "",
         "adapter/adapter_config.json": "{}",
         "started/metrics.jsonl": '{"iteration": 0}\n{"iteration": 1}\n',
     }
     for name, text in texts.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(text)
+        file = folder / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
     shutil.copytree(finished, folder / "run")
     for name in ["flux", "fp16", "full"]:
         shutil.copytree("tiny/sd3", folder / name)
@@ -934,7 +935,7 @@ MISTAKES = [
     ("--task pickscore,ocr", "pickscore.txt, line 2: it has no text between straight double quo"),
     ("--task geneval --prompts IN/few.txt", "line 1: it lacks the fields tag and include"),
     ("--model no/folder", "--model no/folder must be a pipeline of Stable Diffusion 3"),
-    ("--model IN/single.safetensors", "single file (from_single_file)"),
+    ("--model tiny/sd3/vae/diffusion_pytorch_model.safetensors", "single file (from_single_file)"),
     ("--model IN/adapter", "from a model and its adapter (fuse_lora)"),
     ("--model tiny/sd3/vae", "--model tiny/sd3/vae must be a pipeline"),
     ("--model IN/flux", "must be a pipeline of Stable Diffusion 3"),
@@ -944,9 +945,10 @@ MISTAKES = [
     ("--prompts IN/empty.txt", "empty.txt is empty; it needs one prompt per line"),
     ("--prompts IN/unquoted.txt", "line 3: it has no text between straight double quotes: a ball"),
     ("--prompts IN/few.txt", "there are 1 training prompts, fewer than --prompts-per-iteration"),
-    ("--prompts IN/table.tsv", "line 1 looks like a table or a list: Prompt\tCategory"),
-    ("--heldout-prompts IN/table.csv", "line 1 looks like a table or a list: prompt,"),
-    ("--prompts IN/escaped.txt", "line 1 looks like a table"),
+    ("--prompts IN/header.csv", "line 1 is no plain prompt of a .txt file: Prompts,Category"),
+    ("--prompts IN/tabs.txt", "line 1 is no plain prompt of a .txt file: Prompt\tCategory"),
+    ("--heldout-prompts IN/doubled.txt", "line 1 is no plain prompt of a .txt file"),
+    ("--prompts IN/escaped.txt", "line 1 is no plain prompt of a .txt file"),
     ("--prompts IN/list.json", "line 1 must be a JSON object with a prompt, not ["),
     ("--prompts IN/broken.jsonl", "line 1 must be a JSON object with a prompt"),
     ("--batch-size 7", "8 images (--prompts-per-iteration x --group-size) are no multiple of 7"),

@@ -293,6 +293,14 @@ def test_gain_goes_on_where_it_was(in_one_process, tmp_path, monkeypatch, capsys
     assert "| one object | 4 | 0.25 | 1.00 (0.00) |" in capsys.readouterr().out
 
 
+def test_an_estimate_is_read_as_it_was_written(tmp_path):
+    made = {"gradients": {"uniform": torch.randn(2, 5)}, "steps": [1, 3], "share": None}
+    allocations.write_estimate(made, tmp_path / "estimate")
+    read = allocations.read_estimate(tmp_path / "estimate")
+    assert read["gradients"]["uniform"].equal(made["gradients"]["uniform"])
+    assert (read["steps"], read["share"]) == ([1, 3], None)
+
+
 def test_prompts_of_a_subject():
     """By the number of objects that they ask for."""
     trainer = allocations.subject_trainer("two objects")
