@@ -478,7 +478,7 @@ class Trainer:
         transformer = load_part(args, "transformer", compact=False)
         task.prepare()
         self.pipe = load_pipeline(args, transformer)
-        self.pipe.vae.to(DEVICE).enable_slicing()  # decode one image at a time
+        self.pipe.vae.to(DEVICE)
         self.transformer = transformer.to(DEVICE)
         self.ema = None  # the exponential moving average of the weights
         if args.ema_decay > 0:
@@ -488,13 +488,14 @@ class Trainer:
             self.reference = load_part(args, "transformer", compact=True)
         if args.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
+            self.pipe.vae.enable_slicing()  # decode one image at a time
 
         parameters = self.transformer.parameters()
         if args.optimizer == "adamw":
             self.optimizer = torch.optim.AdamW(
                 parameters, args.learning_rate, weight_decay=1e-4, fused=DEVICE == "cuda"
             )
-        elif args.optimizer == "adafactor":
+        else:  # adafactor
             # eps[0] is a floor for the size of gradients: 1e-7 by default, but ours may be 1e-8.
             # With 1.0 for eps[1] a step is as long as AdamW's.
             self.optimizer = torch.optim.Adafactor(
@@ -798,8 +799,8 @@ def make_parser():
     option("--out", help="output folder; runs/TASK-ALLOCATION-SEED if not given")
     option("--resume", action="store_true", help="continue the run in the output folder")
     option("--seed", type=int, default=0, help="seed of prompts and noise")
-    option("--iterations", type=positive, default=28, help="rounds of sampling and updating")
-    option("--evaluate-every", type=positive, default=14, help="iterations between evaluations")
+    option("--iterations", type=positive, default=22, help="rounds of sampling and updating")
+    option("--evaluate-every", type=positive, default=11, help="iterations between evaluations")
     option("--evaluation-prompts", type=positive, default=120, help="held-out prompts to evaluate")
     option("--monitor", default="", help="tasks that are logged, but not trained")
     option(
