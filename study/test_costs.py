@@ -106,6 +106,19 @@ def test_what_is_on_the_gpu_by_hand():
         assert size < live.peaks[phase] / GIB < size + text, phase
 
 
+def test_gradient_checkpointing_decodes_one_image_at_a_time():
+    """So a batch of four needs less than two images at once."""
+
+    def decoding(options):
+        _, live, _, _ = fake_counts(options)
+        return live.peaks["decode"]
+
+    of_one = decoding("--batch-size 1")
+    more_for_two = decoding("--batch-size 2") - of_one
+    assert decoding("--batch-size 4 --gradient-checkpointing") - of_one < more_for_two
+    assert decoding("--batch-size 4") - of_one > 2 * more_for_two
+
+
 def test_images_that_are_not_counted_are_added():
     """With two updates all eight images are counted, with one only four."""
     options = "--group-size 8 --kl-weight 1 --evaluation-prompts 2"
