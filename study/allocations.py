@@ -111,7 +111,6 @@ EXPERIMENTS = {
     },
 }
 RATES = [1e-4, 2e-4, 4e-4]
-TUNING_SEEDS = list(range(100, 104))
 FRESH_SEEDS = list(range(30, 40))
 
 # First-order gains: a task and how many objects its prompts may ask for, if that matters.
@@ -1441,8 +1440,6 @@ def everything(kind, count, results, save):
         ("writing-24", both, RATES, FRESH_SEEDS),
         ("brightness-24", both, RATES, FRESH_SEEDS),
     ]
-    for experiment in EXPERIMENTS:
-        plan.append((experiment, both, [2e-4], TUNING_SEEDS))
     train(plan, results)
     compare(list(EXPERIMENTS), FRESH_SEEDS, results)
     figure(kind, FRESH_SEEDS, results, save)
