@@ -635,7 +635,7 @@ def task_class(name):
 def read_prompts(file, own, default):
     """The records of an option's file, else of a task's own prompts, else of a default file."""
     if file is None and own is not None:
-        return [{"prompt": prompt, "where": "its own prompts"} for prompt in own]
+        return [{"prompt": prompt, "where": "the prompts of the first task"} for prompt in own]
     return read_records(file or default)
 
 

@@ -1298,5 +1298,5 @@ def test_a_class_of_ones_own(mine, tmp_path, capsys):
         run(tmp_path / "typo", "--task", f"{mine}:Typo")
     task = make_task(star.parse_arguments(["--task", f"ocr:0.5,{mine}:OwnPrompts:0.5"]))
     assert task.weights == [0.5, 0.5]
-    with pytest.raises(SystemExit, match="OCR cannot use its own prompts: it has no text between"):
+    with pytest.raises(SystemExit, match="OCR cannot use the prompts of the first task: it has no"):
         make_task(star.parse_arguments(["--task", f"{mine}:OwnPrompts:0.5,ocr:0.5"]))
