@@ -316,6 +316,9 @@ def judge(found, metadata, colours_of):
         colour     share of the asked objects that have the colour, 0 where too few are found
         position   1 where the relation holds and the earlier clause is as asked, else 0
 
+    The reward server of flow_grpo has no floor at 0, gives nothing for a colour or position clause
+    with more objects than asked, and counts a wrong relation twice.
+
     found: detections per class, the most confident first. metadata: a line of the benchmark.
     colours_of(objects, name) names the colour of each object."""
     credits = []
