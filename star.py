@@ -358,16 +358,16 @@ def allocation_weights(maps, size, allocation="spatiotemporal", lam=0.5):
     Where nothing attends to core words (a prompt may have none), w = 1. size: (H, W).
 
     Why can it help? Positions that do not affect the reward add noise to the gradient, but no
-    signal. So an update can gain if they have small weights, which is seen where steps are small.
+    signal. So an update can gain if they have small weights, which is seen at small learning rates.
     On the miniature it gains more than Flow-GRPO's where the reward is about a small part of the
     picture (writing), and less where it is about all of it. Unequal weights also bias the gradient:
     the unbiased one uses the same A everywhere.
 
     Which lam? 0.5 leaves half of the advantage everywhere. On the miniature an update from the
     starting weights gained as much as with lam = 1 for writing, and more for objects and
-    preference. In training lam = 1 learned writing slightly faster. lam = 0 has Flow-GRPO's
-    gradient in the first update. `weight_peak` in the metrics, the mean of each map's largest
-    weight, says how uneven the weights are: near 1 they change nothing.
+    preference. In training lam = 1 learned writing faster. lam = 0 has Flow-GRPO's gradient in the
+    first update. `weight_peak` in the metrics, the mean of each map's largest weight, says how
+    uneven the weights are: near 1 they change nothing.
     """
     # Each token's value goes to its 2 x 2 positions. `interpolate` takes S for channels.
     maps = F.interpolate(maps.float(), size=size, mode="nearest")
