@@ -365,9 +365,9 @@ def allocation_weights(maps, size, allocation="spatiotemporal", lam=0.5):
 
     Which lam? 0.5 leaves half of the advantage everywhere. On the miniature an update from the
     starting weights gained as much as with lam = 1 for writing, and more for objects and
-    preference. In training lam = 1 learned writing faster. lam = 0 has Flow-GRPO's gradient in the
-    first update. `weight_peak` in the metrics, the mean of each map's largest weight, says how
-    uneven the weights are: near 1 they change nothing.
+    preference. In training spatiotemporal with lam = 1 learned writing faster. lam = 0 has
+    Flow-GRPO's gradient in the first update. `weight_peak` in the metrics, the mean of each map's
+    largest weight, says how uneven the weights are: near 1 they change nothing.
     """
     # Each token's value goes to its 2 x 2 positions. `interpolate` takes S for channels.
     maps = F.interpolate(maps.float(), size=size, mode="nearest")

@@ -932,6 +932,9 @@ def print_runs(experiment, table):
             return None
         return images / EXPERIMENTS[experiment]["images"]
 
+    def last_reward(run):
+        return run["reward"][-1]
+
     def reward_at_kl(run):
         return reached(run, "kl all", half_kl[run["rate"]], "reward")
 
@@ -941,6 +944,7 @@ def print_runs(experiment, table):
     columns = {"mean over the run": (mean_over_run, difference)}
     for goal in goals:
         columns[f"updates to {goal}"] = (partial(updates_to, goal), inverse_ratio)
+    columns["last reward"] = (last_reward, difference)
     columns["reward at half of Flow-GRPO's last KL"] = (reward_at_kl, difference)
     print_comparison(experiment, table, columns)
 
