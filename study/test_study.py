@@ -701,9 +701,10 @@ def test_comparison_by_hand(tmp_path, monkeypatch, capsys):
             rows.append(line.strip("| ").split(" | "))
     assert rows[0][:3] == ["writing-8", "seeds", "mean over the run"]
     # Flow-GRPO has 0.6 after 45 updates, on the seeds 31 and 33. STAR has it there after 22.5.
-    assert rows[2] == ["Flow-GRPO, 0.0002", "4", "0.3", "22.5", "45", "45 (2 of 4)", "0.3"]
+    assert rows[2] == ["Flow-GRPO, 0.0002", "4", "0.3", "22.5", "45", "45 (2 of 4)", "0.6", "0.3"]
     twice = "2.00 [2.00, 2.00] "
     more = "+0.300 [+0.200, +0.400] 4/4"
+    last = "+0.600 [+0.400, +0.800] 4/4"
     at_kl = "+0.900 [+0.600, +1.200] 4/4"
     assert rows[3] == [
         "STAR, 0.0002",
@@ -712,6 +713,7 @@ def test_comparison_by_hand(tmp_path, monkeypatch, capsys):
         twice + "4/4",
         twice + "4/4",
         twice + "2/2",
+        last,
         at_kl,
     ]
     assert rows[6][2:] == ["3", "6", "3", "3", "6", "6"]
